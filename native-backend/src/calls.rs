@@ -1,0 +1,63 @@
+//! The code of the calls, one naked routine each, under the specification's names.
+//!
+//! The arguments, results and clobbers of each are its contract in [`vmi_abi::calls`]; a line above
+//! each routine repeats the registers for the reader. CS and SS are flat always, DS and ES wherever
+//! the contract says so. A routine that needs more than its registers uses the caller's stack.
+
+#![expect(unsafe_code, reason = "UNSAFETY: a naked routine is an `unsafe` attribute and body by nature")]
+#![expect(non_snake_case, reason = "the specification's names")]
+
+/// Defines naked routines from their instructions.
+macro_rules! routines {
+    ($( $(#[$attribute:meta])* $name:ident { $($assembly:tt)* } )*) => { $(
+        $(#[$attribute])*
+        ///
+        /// # Safety
+        ///
+        /// Ring 0, with the registers and segments that the call's contract asks for.
+        #[unsafe(naked)]
+        pub unsafe extern "C" fn $name() {
+            core::arch::naked_asm!($($assembly)*)
+        }
+    )* };
+}
+
+mod descriptor;
+mod interrupt;
+mod memory;
+mod port;
+mod power;
+mod processor;
+
+pub use descriptor::*;
+pub use interrupt::*;
+pub use memory::*;
+pub use port::*;
+pub use power::*;
+pub use processor::*;
+
+routines! {
+    /// Whether the native backend can run here: EAX = 0 in ring 0, the ring elsewhere.
+    ///
+    /// `vmi_init` of the native image. Changes EAX and flags.
+    initialize {
+        "mov eax, cs",
+        "and eax, 3",
+        "ret",
+    }
+
+    /// Stands for a call that is answered NONE: it has no code, and whoever gets here took a wrong turn.
+    not_served {
+        "ud2",
+    }
+}
+
+pub use not_served as SetCallbacks;
+pub use not_served as APICWrite;
+pub use not_served as APICRead;
+pub use not_served as GetCycleFrequency;
+pub use not_served as GetCycleCounter;
+pub use not_served as SetAlarm;
+pub use not_served as CancelAlarm;
+pub use not_served as GetWallclockTime;
+pub use not_served as WallclockUpdated;

@@ -1,0 +1,116 @@
+//! What firmware and guest read at the start of the image.
+//!
+//! Every offset comes from the structures of [`vmi_abi::header`]. Length and checksum bytes stay
+//! zero here: `xtask` sets them when it knows the size.
+
+#![expect(unsafe_code, reason = "UNSAFETY: `global_asm!` with symbols")]
+
+use core::arch::global_asm;
+use core::mem::{offset_of, size_of};
+use vmi_abi::header::{
+    PCI_DEVICE, PCI_LAST_IMAGE, PCI_SIGNATURE, PCI_VENDOR, PNP_SIGNATURE, PciHeader, PnpHeader,
+    ROM_SIGNATURE, RomHeader, VMI_SIGNATURE,
+};
+use vmi_abi::REVISION_3_0;
+use vmi_native_backend::calls::initialize;
+
+/// The native ROM needs no hole at the top of the guest's linear space.
+const VIRTUAL_TOP: u32 = 0;
+
+/// Class code of the image: a system peripheral of no particular kind.
+const CLASS_BASE: u8 = 0x08;
+
+/// Subclass within [`CLASS_BASE`].
+const CLASS_SUB: u8 = 0x80;
+
+/// A decimal number of one of the package's version parts.
+const fn version_part(text: &str) -> u8 {
+    match u8::from_str_radix(text, 10) {
+        Ok(number) => number,
+        Err(_) => panic!("a part of the package's version does not fit into a byte"),
+    }
+}
+
+global_asm!(
+    ".pushsection .rom.header, \"ax\", @progbits",
+    ".globl rom_start",
+    ".hidden rom_start",
+    "rom_start:",
+    ".word {rom_signature}",
+    ".org rom_start + {entry_at}",
+    ".code16",
+    "jmp post_entry",
+    ".code32",
+    ".org rom_start + {vrom_signature_at}",
+    ".long {vrom_signature}",
+    ".byte {minor}, {major}",
+    ".org rom_start + {virtual_top_at}",
+    ".long {virtual_top}",
+    ".org rom_start + {license_at}",
+    ".word license - rom_start",
+    ".word pci_header - rom_start",
+    ".word pnp_header - rom_start",
+    ".org rom_start + {vmi_init_at}",
+    "jmp {initialize}",
+    ".org rom_start + {get_reloc_at}",
+    "jmp get_reloc",
+    ".org rom_start + {header_size}, 0",
+
+    ".balign 4",
+    "pci_header:",
+    ".long {pci_signature}",
+    ".word {vendor}, {device}",
+    ".org pci_header + {pci_length_at}",
+    ".word {pci_size}",
+    ".org pci_header + {class_at}",
+    ".byte 0, {class_sub}, {class_base}",
+    ".org pci_header + {version_at}",
+    ".byte {version_minor}, {version_major}",
+    ".byte 0, {last_image}",
+    ".org pci_header + {pci_size}",
+
+    ".balign 16",
+    "pnp_header:",
+    ".long {pnp_signature}",
+    ".byte 1, {pnp_size} / 16",
+    ".org pnp_header + {manufacturer_at}",
+    ".word manufacturer - rom_start",
+    ".word product - rom_start",
+    ".byte 0, {class_sub}, {class_base}",
+    ".org pnp_header + {pnp_size}",
+
+    "license: .asciz \"GPL v2\"",
+    "manufacturer: .asciz \"open VMI ROM\"",
+    concat!("product: .asciz \"native backend ", env!("CARGO_PKG_VERSION"), "\""),
+    "copyright: .asciz \"MIT OR GPL-2.0-only\"",
+    ".popsection",
+
+    rom_signature = const ROM_SIGNATURE,
+    entry_at = const offset_of!(RomHeader, rom_entry),
+    vrom_signature_at = const offset_of!(RomHeader, vrom_signature),
+    vrom_signature = const VMI_SIGNATURE,
+    minor = const REVISION_3_0.minor,
+    major = const REVISION_3_0.major,
+    virtual_top_at = const offset_of!(RomHeader, virtual_top),
+    virtual_top = const VIRTUAL_TOP,
+    license_at = const offset_of!(RomHeader, license_offs),
+    vmi_init_at = const offset_of!(RomHeader, vmi_init),
+    initialize = sym initialize,
+    get_reloc_at = const offset_of!(RomHeader, get_reloc),
+    header_size = const size_of::<RomHeader>(),
+    pci_signature = const u32::from_le_bytes(PCI_SIGNATURE),
+    vendor = const PCI_VENDOR,
+    device = const PCI_DEVICE,
+    pci_length_at = const offset_of!(PciHeader, length),
+    pci_size = const size_of::<PciHeader>(),
+    class_at = const offset_of!(PciHeader, class_code),
+    class_sub = const CLASS_SUB,
+    class_base = const CLASS_BASE,
+    version_at = const offset_of!(PciHeader, version_minor),
+    version_minor = const version_part(env!("CARGO_PKG_VERSION_MINOR")),
+    version_major = const version_part(env!("CARGO_PKG_VERSION_MAJOR")),
+    last_image = const PCI_LAST_IMAGE,
+    pnp_signature = const u32::from_le_bytes(PNP_SIGNATURE),
+    pnp_size = const size_of::<PnpHeader>(),
+    manufacturer_at = const offset_of!(PnpHeader, manufacturer),
+);

@@ -1,0 +1,1 @@
+//! Image and guest tests; see `tests/`.

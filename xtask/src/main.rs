@@ -1,0 +1,3 @@
+//! `cargo xtask`: set-up, build, inspector, runs in QEMU, tests.
+
+fn main() {}
