@@ -1,2 +1,39 @@
 //! The project's one script, as a library: `cargo xtask` is a thin command line on top of it, and
 //! the tests call the same code.
+//!
+//! - [`toolchain`]: finds the compilers, the linker and QEMU,
+//! - [`build`]: compiles and links image and guest,
+//! - [`image`]: makes the finished image from the linked file, or refuses,
+//! - [`artifacts`]: what a build leaves behind, built once,
+//! - [`qemu`]: one run of a machine,
+//! - [`tap`]: what the test guest reports,
+//! - [`conformance`]: one ROM under the test guest,
+//! - [`table`], [`progress`]: how results are shown.
+
+pub mod artifacts;
+pub mod build;
+pub mod conformance;
+pub mod image;
+pub mod progress;
+pub mod qemu;
+pub mod table;
+pub mod tap;
+pub mod toolchain;
+pub mod verbs;
+
+use std::path::{Path, PathBuf};
+
+/// The top of the source tree.
+///
+/// Cargo says at run time where the package lies. What was compiled in is the fallback: a target
+/// directory that two trees share may hold the other tree's binary.
+#[must_use]
+pub fn workspace() -> PathBuf {
+    let package = std::env::var_os("CARGO_MANIFEST_DIR")
+        .map(PathBuf::from)
+        .unwrap_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")));
+    let top = |start: &Path| {
+        start.ancestors().find(|folder| folder.join("linker.ld").is_file() && folder.join("rom").is_dir()).map(Path::to_owned)
+    };
+    top(&package).or_else(|| top(Path::new(env!("CARGO_MANIFEST_DIR")))).unwrap_or(package)
+}

@@ -1,3 +1,31 @@
 //! `cargo xtask`: set-up, build, inspector, runs in QEMU, tests.
 
-fn main() {}
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+use xtask::table::BAD;
+use xtask::verbs;
+
+/// The open VMI ROM's one script: everything that the project builds, runs and checks.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct CommandLine {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    Build(verbs::build::Args),
+    Run(verbs::run::Args),
+}
+
+fn main() -> ExitCode {
+    let done = match CommandLine::parse().verb {
+        Verb::Build(args) => verbs::build::run(&args),
+        Verb::Run(args) => verbs::run::run(&args),
+    };
+    done.unwrap_or_else(|error| {
+        anstream::eprintln!("{}error{}: {error:#}", BAD.render(), BAD.render_reset());
+        ExitCode::FAILURE
+    })
+}

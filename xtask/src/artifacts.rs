@@ -1,0 +1,63 @@
+//! What a build leaves behind, for those who need it without asking how it came about.
+
+use crate::build::{self, Tools};
+use crate::toolchain::{Emulator, Findings};
+use anyhow::{Context, Result};
+use std::path::PathBuf;
+use std::sync::OnceLock;
+use vmi_native_backend::binding::Bind;
+
+/// Files that the tests run on, and what runs them.
+#[derive(Clone, Debug)]
+pub struct Artifacts {
+    /// The image with the fastest answers.
+    pub native: PathBuf,
+    /// The image that answers CALL_REL wherever it can.
+    pub call: PathBuf,
+    /// The linked file of `native`.
+    pub native_elf: PathBuf,
+    /// The linked file of `call`.
+    pub call_elf: PathBuf,
+    /// The test guest.
+    pub guest: PathBuf,
+    /// QEMU.
+    pub emulator: Emulator,
+}
+
+/// Builds images and guest, once in this process.
+///
+/// # Errors
+///
+/// Something that the build needs is missing, or the build fails; the same answer each time.
+pub fn ensure() -> Result<&'static Artifacts> {
+    static BUILT: OnceLock<Result<Artifacts, String>> = OnceLock::new();
+    BUILT
+        .get_or_init(|| build_all(&Findings::gather()).map_err(|error| format!("{error:#}")))
+        .as_ref()
+        .map_err(|error| anyhow::anyhow!("{error}"))
+}
+
+/// Builds images and guest.
+///
+/// # Errors
+///
+/// Something that the build needs is missing, or the build fails.
+pub fn build_all(findings: &Findings) -> Result<Artifacts> {
+    let tools = Tools::from_findings(findings)?;
+    let emulator = findings
+        .emulator
+        .clone()
+        .map_err(anyhow::Error::msg)
+        .context("no QEMU; `cargo xtask setup` says how to get it")?;
+    let native = build::rom(&tools, Bind::Fastest)?;
+    let call = build::rom(&tools, Bind::Call)?;
+    let guest = build::guest(&tools)?;
+    Ok(Artifacts {
+        native: native.path,
+        call: call.path,
+        native_elf: native.elf,
+        call_elf: call.elf,
+        guest,
+        emulator,
+    })
+}

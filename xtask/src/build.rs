@@ -1,0 +1,322 @@
+//! Compiles and links the image and the test guest with a Cargo of their own.
+//!
+//! The image is for a machine that no installed target describes, so its core library is built
+//! along with it. Flags that the user's environment holds for other programs are kept out: the
+//! same source is to give the same bytes everywhere.
+
+use crate::image::{self, Image};
+use crate::progress::Progress;
+use crate::toolchain::{Compiler, Findings, Linker, Need};
+use anyhow::{Context, Result, bail};
+use std::ffi::OsString;
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use vmi_native_backend::binding::Bind;
+
+/// The target's description, from the top of the tree.
+const TARGET: &str = "targets/i686-unknown-none.json";
+
+/// The target's name as Cargo derives it from the description's.
+const TARGET_NAME: &str = "i686-unknown-none";
+
+/// Two addresses that have few bits in common: the second is where Linux sees an option ROM.
+const LINK_BASES: [&str; 2] = ["0", "c00ca000"];
+
+/// What a build uses.
+#[derive(Clone, Debug)]
+pub struct Tools {
+    /// The compiler.
+    pub compiler: Compiler,
+    /// The linker.
+    pub linker: Linker,
+}
+
+impl Tools {
+    /// The tools among what was found.
+    ///
+    /// # Errors
+    ///
+    /// One of them is missing.
+    pub fn from_findings(findings: &Findings) -> Result<Self> {
+        let missing = || {
+            let missing: Vec<String> =
+                findings.missing(Need::BUILD).iter().map(ToString::to_string).collect();
+            format!("missing: {}; `cargo xtask setup` says how to get it", missing.join(", "))
+        };
+        let compiler = findings.compiler().cloned().with_context(missing)?;
+        let linker = findings.linker.clone().ok().with_context(missing)?;
+        Ok(Self { compiler, linker })
+    }
+}
+
+/// An image on disk.
+#[derive(Clone, Debug)]
+pub struct Rom {
+    /// The finished image.
+    pub path: PathBuf,
+    /// The linked file that it was cut from, for its symbols.
+    pub elf: PathBuf,
+    /// Its answers.
+    pub bind: Bind,
+    /// Its bytes.
+    pub image: Image,
+}
+
+/// The image's file name without its ending.
+#[must_use]
+pub const fn rom_name(bind: Bind) -> &'static str {
+    match bind {
+        Bind::Fastest => "vmi-native",
+        Bind::Call => "vmi-native-call",
+    }
+}
+
+/// Where the image of this kind lands.
+#[must_use]
+pub fn rom_path(bind: Bind) -> PathBuf {
+    crate::workspace().join("target/rom").join(rom_name(bind)).with_extension("rom")
+}
+
+/// Where the linked file of the image of this kind lands.
+#[must_use]
+pub fn elf_path(bind: Bind) -> PathBuf {
+    rom_path(bind).with_extension("elf")
+}
+
+/// Where the test guest lands.
+#[must_use]
+pub fn guest_path() -> PathBuf {
+    crate::workspace().join("target/guest/vmi-guest.elf")
+}
+
+/// Builds an image.
+///
+/// # Errors
+///
+/// It does not compile, or [`image::make`] refuses it.
+pub fn rom(tools: &Tools, bind: Bind) -> Result<Rom> {
+    let path = rom_path(bind);
+    let progress = Progress::start(format!("building {}", shown(&path)));
+    let _lock = lock()?;
+    let mut linked = Vec::new();
+    for base in LINK_BASES {
+        let mut cargo = inner_cargo(tools, "build");
+        cargo.args(["--release", "--package", "vmi-rom"]).env("VMI_ROM_LINK_BASE", base);
+        if bind == Bind::Call {
+            cargo.args(["--features", "vmi-rom/bind-call"]);
+        }
+        run(&mut cargo, &progress)?;
+        linked.push(read(&output_path("vmi-rom"))?);
+    }
+    let [first, second] = &linked[..] else {
+        bail!("two link bases were built, {} files are there", linked.len())
+    };
+    let image = image::make(first, second, image::NATIVE_LIMIT)
+        .with_context(|| format!("{} is refused", shown(&path)))?;
+    let elf = elf_path(bind);
+    write(&elf, first)?;
+    write(&path, &image.bytes)?;
+    Ok(Rom { path, elf, bind, image })
+}
+
+/// Builds the test guest.
+///
+/// # Errors
+///
+/// It does not compile.
+pub fn guest(tools: &Tools) -> Result<PathBuf> {
+    let path = guest_path();
+    let progress = Progress::start(format!("building {}", shown(&path)));
+    let _lock = lock()?;
+    let mut cargo = inner_cargo(tools, "build");
+    cargo.args(["--release", "--package", "vmi-guest"]);
+    run(&mut cargo, &progress)?;
+    write(&path, &read(&output_path("vmi-guest"))?)?;
+    Ok(path)
+}
+
+/// A path as the user would type it from the top of the tree.
+#[must_use]
+pub fn shown(path: &Path) -> String {
+    path.strip_prefix(crate::workspace()).unwrap_or(path).display().to_string()
+}
+
+/// Reads a file.
+///
+/// # Errors
+///
+/// Says which file.
+pub fn read(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).with_context(|| format!("cannot read {}", path.display()))
+}
+
+/// Writes a file in one step: whoever reads it sees the old one or the new one.
+fn write(path: &Path, bytes: &[u8]) -> Result<()> {
+    let step = || {
+        let folder = path.parent().unwrap_or(Path::new("."));
+        fs::create_dir_all(folder)?;
+        let mut file = tempfile::Builder::new()
+            .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644))
+            .tempfile_in(folder)?;
+        file.write_all(bytes)?;
+        file.persist(path)?;
+        std::io::Result::Ok(())
+    };
+    step().with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// The inner Cargo's target directory: apart from the outer one's, which is locked while it runs us.
+fn target_folder() -> PathBuf {
+    crate::workspace().join("target/firmware")
+}
+
+fn output_path(name: &str) -> PathBuf {
+    target_folder().join(TARGET_NAME).join("release").join(name)
+}
+
+/// One build at a time: both bases go through one file.
+fn lock() -> Result<fs::File> {
+    let path = crate::workspace().join("target/firmware.lock");
+    let step = || {
+        fs::create_dir_all(path.parent().unwrap_or(Path::new(".")))?;
+        let file = fs::File::create(&path)?;
+        file.lock()?;
+        std::io::Result::Ok(file)
+    };
+    step().with_context(|| format!("cannot lock {}", path.display()))
+}
+
+/// A Cargo that compiles for the bare machine; the caller says what.
+pub(crate) fn inner_cargo(tools: &Tools, verb: &str) -> Command {
+    let Tools { compiler, linker } = tools;
+    let top = crate::workspace();
+    let mut cargo = Command::new(&compiler.cargo);
+    cargo.current_dir(&top);
+    for (name, _) in std::env::vars_os() {
+        if is_foreign(&name) {
+            cargo.env_remove(name);
+        }
+    }
+    cargo
+        .arg(verb)
+        .arg("--locked")
+        .arg("--target")
+        .arg(top.join(TARGET))
+        .arg("--target-dir")
+        .arg(target_folder())
+        .arg("-Zbuild-std=core,compiler_builtins");
+    if compiler.knows("json-target-spec") {
+        cargo.arg("-Zjson-target-spec");
+    }
+    cargo
+        // `-Z` on a stable compiler. The flags are few, and each is tested by the image's own checks.
+        .env("RUSTC_BOOTSTRAP", "1")
+        .env("RUSTC", &compiler.rustc)
+        // Empty, not absent: a wrapper in the user's configuration is left out too.
+        .env("RUSTC_WRAPPER", "")
+        .env("RUSTC_WORKSPACE_WRAPPER", "")
+        .env("CARGO_ENCODED_RUSTFLAGS", rust_flags(compiler, &top).join("\u{1f}"))
+        .env(
+            format!("CARGO_TARGET_{}_LINKER", TARGET_NAME.to_uppercase().replace('-', "_")),
+            &linker.path,
+        );
+    cargo
+}
+
+/// Whether a variable would change what is built. Those that say how to reach the network stay.
+fn is_foreign(name: &OsString) -> bool {
+    let name = name.to_string_lossy();
+    let stays = [
+        "CARGO_HOME",
+        "CARGO_NET_",
+        "CARGO_HTTP_",
+        "CARGO_REGISTR",
+        "CARGO_SOURCE_",
+        "CARGO_TERM_",
+    ];
+    let starts = |starts: &[&str]| starts.iter().any(|start| name.starts_with(start));
+    name == "RUSTUP_TOOLCHAIN"
+        || (starts(&["CARGO", "RUSTC", "RUSTFLAGS", "RUSTDOC"]) && !starts(&stays))
+}
+
+/// The flags for every crate of the image.
+fn rust_flags(compiler: &Compiler, top: &Path) -> Vec<String> {
+    // A jump table is a table of addresses, and somebody would have to relocate it.
+    let mut flags = vec!["-Cjump-tables=no".to_owned()];
+    // Where the trees lie on this machine is nobody's business, and must not change a byte.
+    let cargo_home = std::env::var_os("CARGO_HOME")
+        .map(PathBuf::from)
+        .or_else(|| std::env::home_dir().map(|home| home.join(".cargo")));
+    let places = [
+        (Some(compiler.source()), "/rust"),
+        (cargo_home, "/cargo"),
+        (Some(top.to_owned()), "/vmi-rom"),
+    ];
+    for (place, name) in places {
+        if let Some(place) = place {
+            flags.push(format!("--remap-path-prefix={}={name}", place.display()));
+        }
+    }
+    flags
+}
+
+/// Runs Cargo, shows its last line as progress, and all of its lines if it fails.
+fn run(command: &mut Command, progress: &Progress) -> Result<()> {
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("{} does not start", command.get_program().to_string_lossy()))?;
+    let mut said = String::new();
+    if let Some(pipe) = child.stderr.take() {
+        for line in BufReader::new(pipe).lines() {
+            let line = line.context("cannot read what cargo says")?;
+            progress.at(&line);
+            said.push_str(&line);
+            said.push('\n');
+        }
+    }
+    let status = child.wait().context("cannot wait for cargo")?;
+    if !status.success() {
+        bail!("{} failed ({status}):\n{}", progress.title(), said.trim_end());
+    }
+    // Warnings are for whoever changes the code.
+    if said.contains("warning: ") {
+        anstream::eprintln!("{}", said.trim_end());
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_changes_the_build_is_kept_out_and_the_network_stays() {
+        for name in [
+            "RUSTFLAGS",
+            "CARGO_ENCODED_RUSTFLAGS",
+            "RUSTC_WRAPPER",
+            "CARGO_BUILD_TARGET",
+            "RUSTUP_TOOLCHAIN",
+            "CARGO_PROFILE_RELEASE_LTO",
+            "CARGO",
+        ] {
+            assert!(is_foreign(&name.into()), "{name}");
+        }
+        for name in [
+            "PATH",
+            "HOME",
+            "CARGO_HOME",
+            "CARGO_HTTP_PROXY",
+            "CARGO_NET_OFFLINE",
+            "RUSTUP_HOME",
+            "RUST_BACKTRACE",
+        ] {
+            assert!(!is_foreign(&name.into()), "{name}");
+        }
+    }
+}

@@ -1,0 +1,206 @@
+//! One ROM under the test guest: the run, the report and the verdict on each call.
+
+use crate::qemu::{Attachment, BANNER, Machine, Outcome, Run};
+use crate::tap::{Report, Verdict};
+use crate::toolchain::Emulator;
+use anyhow::{Context, Result};
+use serde::Serialize;
+use std::path::Path;
+use vmi_abi::{CALLS_3_0, RelocationType};
+
+/// What came of a ROM under the test guest.
+#[derive(Clone, Debug)]
+pub struct Conformance {
+    /// The run.
+    pub run: Run,
+    /// What the guest said.
+    pub report: Report,
+    /// One summary for each call of revision 3.0, in the order of their numbers.
+    pub calls: Vec<CallSummary>,
+}
+
+/// What came of one call in all the ways in which it was reached.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct CallSummary {
+    /// The call's number.
+    pub number: u32,
+    /// The call's name.
+    pub name: &'static str,
+    /// What `get_reloc` answered; several answers are joined by a stroke.
+    pub answer: String,
+    /// The worst verdict; none if the guest said nothing about the call.
+    pub verdict: Option<Verdict>,
+    /// The most bytes of stack that it used.
+    pub stack: Option<u32>,
+    /// The most instructions that it took.
+    pub instructions: Option<u32>,
+    /// All checks that were made.
+    pub checks: u32,
+}
+
+impl CallSummary {
+    /// Whether the guest was left with its own native code.
+    #[must_use]
+    pub fn is_native(&self) -> bool {
+        Some(self.answer.as_str()) == RelocationType::NONE.name()
+    }
+}
+
+/// Runs the test guest on a ROM.
+///
+/// # Errors
+///
+/// The machine cannot be run at all, or the ROM cannot be read.
+pub fn check(
+    emulator: &Emulator,
+    guest: &Path,
+    rom: &Path,
+    way: impl Fn(std::path::PathBuf) -> Attachment,
+    machine: &Machine,
+    progress: impl Fn(&str),
+) -> Result<Conformance> {
+    let bytes = crate::build::read(rom)?;
+    // A ROM of somebody else's may come up in silence.
+    let has_banner = bytes.windows(BANNER.len()).any(|window| window == BANNER.as_bytes());
+    let mut machine = machine.clone();
+    machine.kernel = Some(guest.to_owned());
+    machine.roms.insert(0, way(rom.to_owned()));
+    machine.banner = machine.banner.filter(|_| has_banner);
+    let run = machine
+        .follow(emulator, progress)
+        .with_context(|| format!("{} was not run", rom.display()))?;
+    let report = Report::parse(&run.serial);
+    let calls = summaries(&report);
+    Ok(Conformance { run, report, calls })
+}
+
+impl Conformance {
+    /// Why the ROM did not pass; nothing if it did.
+    #[must_use]
+    pub fn complaint(&self) -> Option<String> {
+        if self.report.failures().next().is_some() {
+            return self.report.complaint();
+        }
+        if self.run.outcome != Outcome::Passed {
+            return Some(self.run.outcome.to_string());
+        }
+        let silent: Vec<&str> =
+            self.calls.iter().filter(|call| call.verdict.is_none()).map(|call| call.name).collect();
+        self.report.complaint().or_else(|| {
+            (!silent.is_empty()).then(|| {
+                format!(
+                    "the guest says nothing about {} calls: {}",
+                    silent.len(),
+                    silent.join(", ")
+                )
+            })
+        })
+    }
+}
+
+/// One summary for each call.
+fn summaries(report: &Report) -> Vec<CallSummary> {
+    CALLS_3_0
+        .iter()
+        .zip(0..)
+        .map(|(call, number)| {
+            let mut summary = CallSummary { number, name: call.name, ..CallSummary::default() };
+            let mut answers: Vec<&str> = Vec::new();
+            for line in report.calls.iter().filter(|line| line.number == number) {
+                if !answers.contains(&line.answer.as_str()) {
+                    answers.push(&line.answer);
+                }
+                summary.verdict = summary.verdict.max(Some(line.verdict));
+                summary.stack = summary.stack.max(line.stack);
+                summary.instructions = summary.instructions.max(line.instructions);
+                summary.checks = summary.checks.saturating_add(line.checks.unwrap_or(0));
+            }
+            summary.answer = answers.join("/");
+            summary
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    /// A log of the test guest's shape: every call in two modes, `line` may change the lines of each.
+    pub(crate) fn log(line: impl Fn(u32, &str, String) -> String) -> String {
+        let mut log = String::from(
+            "SeaBIOS (version 1.16)\r\nTAP version 14\n# rom base=0xca000 length=1536 license=\"GPL v2\"\n",
+        );
+        let mut checks = 0;
+        for mode in ["non-PAE", "PAE"] {
+            for (call, number) in CALLS_3_0.iter().zip(0u32..) {
+                checks += 1;
+                let name = call.name;
+                log += &line(
+                    number,
+                    mode,
+                    format!(
+                        "ok {checks} - {name}\n# call mode={mode} alias=direct number={number} name={name} answer=CALL_REL verdict=ok stack=4 instructions=2 checks=1\n"
+                    ),
+                );
+            }
+        }
+        log + &format!("1..{checks}\n# vmi-guest: all {checks} checks hold\n")
+    }
+
+    fn conformance(log: &str) -> Conformance {
+        let report = Report::parse(log);
+        let calls = summaries(&report);
+        let run = Run {
+            outcome: Outcome::Passed,
+            serial: log.into(),
+            debug: String::new(),
+            duration: Duration::ZERO,
+            command: String::new(),
+        };
+        Conformance { run, report, calls }
+    }
+
+    #[test]
+    fn a_full_report_passes_and_the_worst_figures_count() {
+        let result = conformance(&log(|number, mode, line| {
+            if number == 29 && mode == "PAE" {
+                line.replace("stack=4", "stack=8").replace("CALL_REL", "JUMP_REL")
+            } else {
+                line
+            }
+        }));
+        assert_eq!(result.complaint(), None);
+        assert_eq!(result.calls.len(), 74);
+        assert_eq!(result.calls[29].stack, Some(8));
+        assert_eq!(result.calls[29].checks, 2);
+        assert_eq!(result.calls[29].answer, "CALL_REL/JUMP_REL");
+    }
+
+    #[test]
+    fn a_call_without_a_word_about_it_is_no_pass() {
+        let result = conformance(&log(|number, _, line| {
+            if number == 5 {
+                line.lines().take(1).map(|line| format!("{line}\n")).collect()
+            } else {
+                line
+            }
+        }));
+        let complaint = result.complaint().expect("a complaint");
+        assert!(complaint.contains("SetIDT"), "{complaint}");
+    }
+
+    #[test]
+    fn one_failure_in_one_mode_is_the_verdict() {
+        let broken = log(|number, mode, line| {
+            if number == 5 && mode == "PAE" {
+                format!("not {}", line.replace("verdict=ok", "verdict=FAIL"))
+            } else {
+                line
+            }
+        });
+        let result = conformance(&broken.replace("all 148 checks hold", "1 of 148 checks fail"));
+        assert_eq!(result.calls[5].verdict, Some(Verdict::Fail));
+        assert_eq!(result.complaint().as_deref(), Some("1 of 148 checks fail"));
+    }
+}

@@ -1,0 +1,140 @@
+//! Text in aligned columns, coloured where the reader is a terminal.
+
+use anstyle::{AnsiColor, Style};
+use std::fmt::Write;
+
+/// Something that went as it should.
+pub const GOOD: Style = AnsiColor::Green.on_default();
+/// Something that did not.
+pub const BAD: Style = AnsiColor::Red.on_default().bold();
+/// Something that the eye may skip.
+pub const DIM: Style = Style::new().dimmed();
+/// A heading.
+pub const HEAD: Style = Style::new().bold();
+/// Nothing in particular.
+pub const PLAIN: Style = Style::new();
+
+/// On which side a column's cells are flush.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Align {
+    /// Text.
+    Left,
+    /// Numbers.
+    Right,
+}
+
+/// A cell.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cell {
+    /// What it says.
+    pub text: String,
+    /// How it looks.
+    pub style: Style,
+}
+
+impl Cell {
+    /// A cell of this look.
+    pub fn new(text: impl Into<String>, style: Style) -> Self {
+        Self { text: text.into(), style }
+    }
+}
+
+impl<T: Into<String>> From<T> for Cell {
+    fn from(text: T) -> Self {
+        Self::new(text, PLAIN)
+    }
+}
+
+/// Rows in columns.
+#[derive(Clone, Debug, Default)]
+pub struct Table {
+    columns: Vec<Align>,
+    rows: Vec<Vec<Cell>>,
+}
+
+impl Table {
+    /// A table of these columns.
+    #[must_use]
+    pub fn new(columns: &[Align]) -> Self {
+        Self { columns: columns.to_vec(), rows: Vec::new() }
+    }
+
+    /// Adds a heading; empty ones leave the column's heading blank.
+    pub fn heading(&mut self, titles: &[&str]) {
+        self.row(titles.iter().map(|title| Cell::new(*title, HEAD)));
+    }
+
+    /// Adds a row. Missing cells are blank.
+    pub fn row(&mut self, cells: impl IntoIterator<Item = Cell>) {
+        self.rows.push(cells.into_iter().collect());
+    }
+
+    /// The table as text with colours; print it through `anstream`, which drops them where they do not belong.
+    #[must_use]
+    pub fn render(&self) -> String {
+        let width = |column: usize| {
+            self.rows
+                .iter()
+                .filter_map(|row| row.get(column))
+                .map(|cell| cell.text.chars().count())
+                .max()
+                .unwrap_or(0)
+        };
+        let widths: Vec<usize> = (0..self.columns.len()).map(width).collect();
+        let mut text = String::new();
+        for row in &self.rows {
+            let mut line = String::new();
+            // Blanks wait until something follows them: no line ends in one.
+            let mut blanks = 0;
+            for ((cell, width), align) in row.iter().zip(&widths).zip(&self.columns) {
+                let padding = width - cell.text.chars().count();
+                if *align == Align::Right {
+                    blanks += padding;
+                }
+                if !cell.text.is_empty() {
+                    // Writing to a string cannot fail.
+                    let _ = write!(
+                        line,
+                        "{:blanks$}{}{}{}",
+                        "",
+                        cell.style.render(),
+                        cell.text,
+                        cell.style.render_reset()
+                    );
+                    blanks = 0;
+                }
+                if *align == Align::Left {
+                    blanks += padding;
+                }
+                blanks += 2;
+            }
+            text.push_str(&line);
+            text.push('\n');
+        }
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_line_up_and_no_line_ends_in_a_blank() {
+        let mut table = Table::new(&[Align::Right, Align::Left, Align::Right]);
+        table.heading(&["nr", "call", "bytes"]);
+        table.row(["7".into(), "GetGDT".into(), "12".into()]);
+        table.row(["10".into(), "GetTR".into()]);
+        let plain = anstream::adapter::strip_str(&table.render()).to_string();
+        assert_eq!(plain, "nr  call    bytes\n 7  GetGDT     12\n10  GetTR\n");
+    }
+
+    #[test]
+    fn blank_and_missing_cells_do_no_harm() {
+        let mut table = Table::new(&[Align::Left, Align::Left]);
+        table.row([]);
+        table.row(["".into(), "x".into()]);
+        assert_eq!(anstream::adapter::strip_str(&table.render()).to_string(), "\n  x\n");
+        assert_eq!(Table::new(&[]).render(), "");
+    }
+}

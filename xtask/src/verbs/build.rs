@@ -1,0 +1,112 @@
+//! `cargo xtask build`.
+
+use crate::build::{self, Rom, Tools};
+use crate::table::{Align, Cell, DIM, Table};
+use crate::toolchain::Need;
+use anyhow::Result;
+use sha2::{Digest, Sha256};
+use std::process::ExitCode;
+use vmi_abi::{CALLS_3_0, RelocationType};
+use vmi_native_backend::binding::{Bind, answer};
+
+/// Builds the ROM images and the test guest.
+///
+/// Compiles for the bare machine, links each image at two addresses, compares the bytes, and
+/// refuses what could not run from read-only storage at any address. Leaves target/rom/*.rom with
+/// the linked file beside each, and target/guest/vmi-guest.elf.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// What the image answers: what is fastest for the guest, CALL_REL wherever it may, or one image of each.
+    #[arg(long, value_enum, default_value_t = Binding::Both)]
+    bind: Binding,
+}
+
+/// Which images to build.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Binding {
+    /// target/rom/vmi-native.rom.
+    Fastest,
+    /// target/rom/vmi-native-call.rom.
+    Call,
+    /// Both.
+    Both,
+}
+
+impl Binding {
+    const fn kinds(self) -> &'static [Bind] {
+        match self {
+            Self::Fastest => &[Bind::Fastest],
+            Self::Call => &[Bind::Call],
+            Self::Both => &[Bind::Fastest, Bind::Call],
+        }
+    }
+}
+
+/// Builds.
+///
+/// # Errors
+///
+/// Something that the build needs is missing, or the build fails.
+pub fn run(args: &Args) -> Result<ExitCode> {
+    let findings = super::setup::provide(Need::BUILD)?;
+    let tools = Tools::from_findings(&findings)?;
+    let roms = args
+        .bind
+        .kinds()
+        .iter()
+        .map(|bind| build::rom(&tools, *bind))
+        .collect::<Result<Vec<Rom>>>()?;
+
+    let mut table = Table::new(&[
+        Align::Left,
+        Align::Right,
+        Align::Right,
+        Align::Right,
+        Align::Left,
+        Align::Left,
+    ]);
+    table.heading(&["image", "used", "free", "size", "sha-256", "answers"]);
+    for rom in &roms {
+        let size = rom.image.bytes.len();
+        table.row([
+            build::shown(&rom.path).into(),
+            rom.image.used.to_string().into(),
+            rom.image.free().to_string().into(),
+            size.to_string().into(),
+            sum(&rom.image.bytes).into(),
+            answers(rom.bind).into(),
+        ]);
+    }
+    anstream::print!("{}", table.render());
+    let by = format!("by {} and {}", tools.compiler, tools.linker);
+    anstream::println!("{}{by}{}", DIM.render(), DIM.render_reset());
+
+    let guest = build::guest(&tools)?;
+    anstream::println!("{}", build::shown(&guest));
+    Ok(ExitCode::SUCCESS)
+}
+
+/// As many digits of the sum as tell two images apart.
+fn sum(bytes: &[u8]) -> Cell {
+    let digits: String =
+        Sha256::digest(bytes).iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+    Cell::new(digits, DIM)
+}
+
+/// How many calls the image answers in which way.
+fn answers(bind: Bind) -> String {
+    let kinds = [
+        RelocationType::NONE,
+        RelocationType::CALL_REL,
+        RelocationType::JUMP_REL,
+        RelocationType::NOP,
+    ];
+    kinds
+        .into_iter()
+        .filter_map(|kind| {
+            let count = CALLS_3_0.iter().filter(|call| answer(call, bind).0 == kind).count();
+            (count != 0).then(|| format!("{count} {}", kind.name().unwrap_or("?")))
+        })
+        .collect::<Vec<_>>()
+        .join(", ")
+}

@@ -1,0 +1,243 @@
+//! `cargo xtask run`.
+
+use crate::artifacts;
+use crate::conformance::{self, CallSummary, Conformance};
+use crate::progress::Progress;
+use crate::qemu::{Attachment, Machine, Model};
+use crate::table::{Align, BAD, Cell, DIM, GOOD, HEAD, Table};
+use crate::tap::Verdict;
+use crate::toolchain::Need;
+use anyhow::Result;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+/// Boots the test guest on the ROM in QEMU and shows what came of each call.
+///
+/// Without `--rom` it builds everything and boots twice: with the image whose answers are fastest,
+/// and with the one that answers CALL_REL wherever it may. Succeeds only if every check holds.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Try this ROM instead of ours: any of revision 3.0.
+    #[arg(long, value_name = "FILE")]
+    rom: Option<PathBuf>,
+    /// QEMU's machine model.
+    #[arg(long, value_enum, default_value_t = Model::Pc)]
+    machine: Model,
+    /// QEMU's processor model.
+    #[arg(long, default_value = "max")]
+    cpu: String,
+    /// Put the ROM behind a PCI card instead of giving it to the firmware.
+    #[arg(long)]
+    bar: bool,
+    /// Memory in MiB.
+    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(16..=2047))]
+    memory: u32,
+    /// Seconds that each boot may take.
+    #[arg(long, default_value_t = 60)]
+    limit: u64,
+    /// Print the results as JSON.
+    #[arg(long)]
+    json: bool,
+    /// Print what the guest writes to its serial port, as it comes.
+    #[arg(long)]
+    verbose: bool,
+}
+
+/// A ROM and what came of it.
+struct Tried {
+    rom: PathBuf,
+    result: Conformance,
+}
+
+/// Runs.
+///
+/// # Errors
+///
+/// Something is missing, the build fails, or QEMU does not start.
+pub fn run(args: &Args) -> Result<ExitCode> {
+    let findings = super::setup::provide(Need::RUN)?;
+    let built = artifacts::build_all(&findings)?;
+    let roms = match &args.rom {
+        Some(rom) => vec![rom.clone()],
+        None => vec![built.native.clone(), built.call.clone()],
+    };
+    let machine = Machine {
+        model: args.machine,
+        cpu: args.cpu.clone(),
+        memory: args.memory,
+        limit: Duration::from_secs(args.limit),
+        ..Machine::default()
+    };
+    let way = if args.bar { Attachment::PciRomBar } else { Attachment::OptionRom };
+
+    let mut tried = Vec::new();
+    for rom in roms {
+        let progress = Progress::start(format!(
+            "running {} on {}, processor {}",
+            file_name(&rom),
+            machine.model,
+            machine.cpu
+        ));
+        let show = |line: &str| {
+            if args.verbose {
+                anstream::eprintln!("{line}");
+            } else {
+                progress.at(line);
+            }
+        };
+        let result = conformance::check(&built.emulator, &built.guest, &rom, way, &machine, show)?;
+        drop(progress);
+        tried.push(Tried { rom, result });
+    }
+
+    let passes = tried.iter().all(|tried| tried.result.complaint().is_none());
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&json(&tried))?);
+    } else {
+        anstream::print!("{}", text(&tried));
+    }
+    Ok(if passes { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
+}
+
+/// Everything for a reader.
+fn text(tried: &[Tried]) -> String {
+    let mut text = table(tried);
+    for Tried { rom, result } in tried {
+        text.push_str(&failures(rom, result));
+    }
+    text.push('\n');
+    for Tried { rom, result } in tried {
+        text.push_str(&closing(rom, result));
+    }
+    text
+}
+
+/// One row for each call, and for each ROM what came of it.
+fn table(tried: &[Tried]) -> String {
+    let mut columns = vec![Align::Right, Align::Left];
+    let mut roms: Vec<Cell> = vec!["".into(), "".into()];
+    let mut titles = vec!["nr", "call"];
+    for tried in tried {
+        columns.extend([Align::Left, Align::Left, Align::Right, Align::Right]);
+        roms.extend([Cell::new(file_name(&tried.rom), HEAD), "".into(), "".into(), "".into()]);
+        titles.extend(["answer", "verdict", "stack", "instructions"]);
+    }
+    let mut table = Table::new(&columns);
+    table.row(roms);
+    table.heading(&titles);
+    for (index, call) in vmi_abi::CALLS_3_0.iter().enumerate() {
+        let mut row: Vec<Cell> = vec![index.to_string().into(), call.name.into()];
+        for tried in tried {
+            match tried.result.calls.get(index) {
+                Some(summary) => row.extend(call_cells(summary)),
+                None => row.extend(std::iter::repeat_n("".into(), 4)),
+            }
+        }
+        table.row(row);
+    }
+    table.render()
+}
+
+/// Answer, verdict, stack and instructions. The guest's own code is not the ROM's, so it stays in the background.
+fn call_cells(call: &CallSummary) -> [Cell; 4] {
+    let look = |style| if call.is_native() { DIM } else { style };
+    let verdict = match call.verdict {
+        Some(Verdict::Ok) => Cell::new("ok", look(GOOD)),
+        Some(Verdict::Fail) => Cell::new("FAIL", BAD),
+        Some(Verdict::Skip) => Cell::new("skip", DIM),
+        None => Cell::new("-", BAD),
+    };
+    let figure = |figure: Option<u32>| {
+        Cell::new(figure.map(|figure| figure.to_string()).unwrap_or_default(), DIM)
+    };
+    let (stack, instructions) =
+        if call.is_native() { (None, None) } else { (call.stack, call.instructions) };
+    [
+        Cell::new(call.answer.clone(), look(crate::table::PLAIN)),
+        verdict,
+        figure(stack),
+        figure(instructions),
+    ]
+}
+
+/// Every failing check in full.
+fn failures(rom: &Path, result: &Conformance) -> String {
+    let mut text = String::new();
+    let bad = |line: String| format!("{}{line}{}\n", BAD.render(), BAD.render_reset());
+    for check in result.report.failures() {
+        text.push('\n');
+        text.push_str(&bad(format!(
+            "{}: check {} fails: {}",
+            file_name(rom),
+            check.number,
+            check.description
+        )));
+        for (key, values) in &check.details {
+            for value in values {
+                text.push_str(&format!("  {key}: {value}\n"));
+            }
+        }
+    }
+    for fault in &result.report.faults {
+        text.push('\n');
+        text.push_str(&bad(format!("{}: {fault}", file_name(rom))));
+    }
+    // A guest that did not come to its end has said something last.
+    if result.report.closing.is_none() {
+        let lines: Vec<&str> =
+            result.run.serial.lines().filter(|line| !line.trim().is_empty()).collect();
+        text.push_str("  the last lines on the serial port:\n");
+        for line in &lines[lines.len().saturating_sub(10)..] {
+            text.push_str(&format!("    {}\n", line.escape_debug()));
+        }
+        text.push_str(&format!("  {}\n", result.run.command));
+    }
+    text
+}
+
+/// The last word on a ROM.
+fn closing(rom: &Path, result: &Conformance) -> String {
+    let count = |verdict| {
+        result.calls.iter().filter(|call| call.verdict == verdict && !call.is_native()).count()
+    };
+    let native = result.calls.iter().filter(|call| call.is_native()).count();
+    let seconds = result.run.duration.as_secs_f64();
+    let name = file_name(rom);
+    let holding = result.report.checks.iter().filter(|check| check.ok).count();
+    let figures = format!(
+        "{holding} of {} checks hold; {} calls bound, {native} left to the guest, {} failing; {seconds:.1} s",
+        result.report.checks.len(),
+        count(Some(Verdict::Ok)) + count(Some(Verdict::Fail)),
+        result.calls.iter().filter(|call| call.verdict == Some(Verdict::Fail)).count(),
+    );
+    match result.complaint() {
+        None => format!("{}{name} passes{}: {figures}\n", GOOD.render(), GOOD.render_reset()),
+        Some(complaint) => {
+            format!("{}{name} FAILS{}: {complaint}; {figures}\n", BAD.render(), BAD.render_reset())
+        }
+    }
+}
+
+/// Everything for a program.
+fn json(tried: &[Tried]) -> serde_json::Value {
+    let roms: Vec<serde_json::Value> = tried
+        .iter()
+        .map(|Tried { rom, result }| {
+            serde_json::json!({
+                "path": rom,
+                "passes": result.complaint().is_none(),
+                "complaint": result.complaint(),
+                "seconds": result.run.duration.as_secs_f64(),
+                "command": result.run.command,
+                "calls": result.calls,
+                "report": result.report,
+            })
+        })
+        .collect();
+    serde_json::json!({ "roms": roms })
+}
