@@ -2,6 +2,7 @@
 //! the tests call the same code.
 //!
 //! - [`toolchain`]: finds the compilers, the linker and QEMU,
+//! - [`setup`]: decides how to get what is missing,
 //! - [`build`]: compiles and links image and guest,
 //! - [`image`]: makes the finished image from the linked file, or refuses,
 //! - [`artifacts`]: what a build leaves behind, built once,
@@ -16,6 +17,7 @@ pub mod conformance;
 pub mod image;
 pub mod progress;
 pub mod qemu;
+pub mod setup;
 pub mod table;
 pub mod tap;
 pub mod toolchain;

@@ -15,12 +15,14 @@ struct CommandLine {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
+    Setup(verbs::setup::Args),
     Build(verbs::build::Args),
     Run(verbs::run::Args),
 }
 
 fn main() -> ExitCode {
     let done = match CommandLine::parse().verb {
+        Verb::Setup(args) => verbs::setup::run(&args),
         Verb::Build(args) => verbs::build::run(&args),
         Verb::Run(args) => verbs::run::run(&args),
     };

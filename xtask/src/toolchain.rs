@@ -280,8 +280,8 @@ fn judge(cargo: PathBuf, rustc: PathBuf) -> Result<Compiler, String> {
     let lock = sysroot.join(SOURCE).join("library/Cargo.lock");
     if !lock.is_file() {
         return Err(format!(
-            "rustc {version} is without its library's source ({} is not there)",
-            lock.display()
+            "rustc {version} in {} is without its library's source",
+            sysroot.display()
         ));
     }
     Ok(Compiler { rustc, cargo, version, sysroot })

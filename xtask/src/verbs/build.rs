@@ -73,7 +73,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             rom.image.used.to_string().into(),
             rom.image.free().to_string().into(),
             size.to_string().into(),
-            sum(&rom.image.bytes).into(),
+            sum(&rom.image.bytes),
             answers(rom.bind).into(),
         ]);
     }

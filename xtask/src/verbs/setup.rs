@@ -1,7 +1,55 @@
 //! `cargo xtask setup`.
 
-use crate::toolchain::{Findings, Need};
-use anyhow::{Result, bail};
+use crate::build::Tools;
+use crate::setup::{
+    Archive, Facts, Family, Plan, Privilege, Simulation, apt_command, os_release_field, plan,
+};
+use crate::table::{BAD, Cell, DIM, GOOD, PLAIN, Table};
+use crate::toolchain::{Findings, Need, find_program, output};
+use anyhow::{Context, Result, bail};
+use std::collections::BTreeMap;
+use std::io::IsTerminal;
+use std::process::{Command, ExitCode, Stdio};
+
+/// Finds the compiler, the linker and QEMU, and installs what is missing.
+///
+/// On Debian and Ubuntu, as root or with sudo, it installs packages; elsewhere it prints the
+/// commands. It removes no package, edits no package source and lets rustup download nothing.
+/// `build`, `run` and `test` do the same by themselves.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Show what would be installed, and install nothing.
+    #[arg(long)]
+    dry_run: bool,
+    /// Only say what is there; fail if something is missing.
+    #[arg(long, conflicts_with = "dry_run")]
+    check: bool,
+}
+
+/// Sets up.
+///
+/// # Errors
+///
+/// Something is missing and cannot be installed here.
+pub fn run(args: &Args) -> Result<ExitCode> {
+    let findings = Findings::gather();
+    anstream::print!("{}", table(&findings));
+    let missing = findings.missing(Need::RUN);
+    if missing.is_empty() {
+        anstream::println!("nothing is missing");
+        return Ok(ExitCode::SUCCESS);
+    }
+    let names: Vec<String> = missing.iter().map(ToString::to_string).collect();
+    anstream::println!("missing: {}", names.join("; "));
+    if args.check {
+        return Ok(ExitCode::FAILURE);
+    }
+    install(missing, args.dry_run)?;
+    if !args.dry_run {
+        anstream::print!("{}", table(&confirmed(Need::RUN)?));
+    }
+    Ok(ExitCode::SUCCESS)
+}
 
 /// Finds what `needs` asks for, and installs what is missing.
 ///
@@ -10,8 +58,238 @@ use anyhow::{Result, bail};
 /// Something is missing and cannot be installed here.
 pub fn provide(needs: &[Need]) -> Result<Findings> {
     let findings = Findings::gather();
-    if !findings.missing(needs).is_empty() {
-        bail!("missing");
+    let missing = findings.missing(needs);
+    if missing.is_empty() {
+        return Ok(findings);
+    }
+    anstream::eprint!("{}", table(&findings));
+    install(missing, false)?;
+    confirmed(needs)
+}
+
+/// Looks again, now that everything was installed.
+fn confirmed(needs: &[Need]) -> Result<Findings> {
+    let findings = Findings::gather();
+    let missing = findings.missing(needs);
+    if !missing.is_empty() {
+        let names: Vec<String> = missing.iter().map(ToString::to_string).collect();
+        bail!("installed, and still missing: {}\n{}", names.join("; "), table(&findings));
     }
     Ok(findings)
+}
+
+/// What was found, and what was looked at.
+fn table(findings: &Findings) -> String {
+    use crate::table::Align::Left;
+    let mut table = Table::new(&[Left, Left, Left]);
+    let mut chosen = Tools::from_findings(findings)
+        .ok()
+        .map(|tools| tools.compiler)
+        .or(findings.compiler().cloned());
+    for candidate in &findings.compilers {
+        let what = format!("compiler: {}", candidate.origin);
+        match &candidate.verdict {
+            Ok(compiler) if chosen.as_ref() == Some(compiler) => {
+                table.row([Cell::new("yes", GOOD), what.into(), compiler.to_string().into()]);
+                chosen = None;
+            }
+            Ok(compiler) => {
+                table.row([Cell::new("spare", DIM), what.into(), compiler.to_string().into()])
+            }
+            Err(reason) => table.row([Cell::new("no", PLAIN), what.into(), reason.clone().into()]),
+        }
+    }
+    let mut single = |what: &str, found: Result<String, String>| match found {
+        Ok(text) => table.row([Cell::new("yes", GOOD), what.into(), text.into()]),
+        Err(reason) => table.row([Cell::new("no", BAD), what.into(), reason.into()]),
+    };
+    single("linker", findings.linker.as_ref().map(ToString::to_string).map_err(Clone::clone));
+    single("emulator", findings.emulator.as_ref().map(ToString::to_string).map_err(Clone::clone));
+    table.render()
+}
+
+/// Installs what is missing, or says how.
+fn install(missing: Vec<Need>, dry_run: bool) -> Result<()> {
+    let mut facts = Facts {
+        missing,
+        family: family(),
+        is_x86: cfg!(any(target_arch = "x86", target_arch = "x86_64")),
+        privilege: privilege(),
+        has_rustup: find_program("rustup").is_some(),
+        archive: Archive::default(),
+    };
+    if facts.family == Family::Debian {
+        // A new machine knows no package until it has asked. A dry run changes nothing, lists included.
+        if !dry_run && facts.privilege != Privilege::None {
+            update(facts.privilege);
+        }
+        facts.archive = archive();
+    }
+    match plan(&facts) {
+        Plan::Nothing => Ok(()),
+        Plan::ByHand { reason, commands } => {
+            let commands: String =
+                commands.iter().map(|command| format!("\n  {command}")).collect();
+            if dry_run {
+                anstream::println!("{reason}; this would be for you to do:{commands}");
+                return Ok(());
+            }
+            bail!("{reason}; do this, then try again:{commands}");
+        }
+        Plan::Apt(attempts) => apt(&attempts, facts.privilege, dry_run),
+    }
+}
+
+/// Installs by the first list of arguments whose simulation removes nothing.
+fn apt(attempts: &[Vec<String>], privilege: Privilege, dry_run: bool) -> Result<()> {
+    let mut refused = String::new();
+    for arguments in attempts {
+        let command = apt_command(arguments, privilege);
+        let simulated = output(
+            english("apt-get")
+                .args(["--simulate", "--yes", "--no-install-recommends", "install"])
+                .args(arguments),
+        );
+        let simulation = match simulated {
+            Ok(text) => Simulation::parse(&text),
+            Err(reason) => {
+                refused.push_str(&format!("\n  {command}\n    {}", reason.replace('\n', "\n    ")));
+                continue;
+            }
+        };
+        if !simulation.removals.is_empty() {
+            refused.push_str(&format!(
+                "\n  {command}\n    would remove {}",
+                simulation.removals.join(", ")
+            ));
+            continue;
+        }
+        anstream::eprintln!("{command}");
+        anstream::eprintln!("  installs {}", simulation.installs.join(", "));
+        if dry_run {
+            return Ok(());
+        }
+        let mut install = privileged(privilege);
+        // `--no-remove` makes apt itself stop, should anything have changed since the simulation.
+        install
+            .args([
+                "apt-get",
+                "--quiet",
+                "--yes",
+                "--no-install-recommends",
+                "--no-remove",
+                "install",
+            ])
+            .args(arguments);
+        let status = install
+            .stdout(Stdio::from(std::io::stderr()))
+            .status()
+            .context("apt-get does not start")?;
+        if !status.success() {
+            bail!("`{command}` failed ({status})");
+        }
+        return Ok(());
+    }
+    bail!("no way was found that removes no package:{refused}");
+}
+
+/// A command run as root.
+fn privileged(privilege: Privilege) -> Command {
+    let mut words = privilege.prefix().to_vec();
+    // sudo clears the environment, so the variable travels as an argument.
+    words.extend(["env", "DEBIAN_FRONTEND=noninteractive", "LC_ALL=C"]);
+    let mut command = Command::new(words[0]);
+    command.args(&words[1..]);
+    command
+}
+
+/// Reads the package lists anew. A source that does not answer is no reason to stop: the simulation will tell.
+fn update(privilege: Privilege) {
+    anstream::eprintln!("{}", [privilege.prefix(), &["apt-get", "update"]].concat().join(" "));
+    let status = privileged(privilege)
+        .args(["apt-get", "--quiet", "--quiet", "update"])
+        .stdout(Stdio::from(std::io::stderr()))
+        .status();
+    if !status.is_ok_and(|status| status.success()) {
+        anstream::eprintln!(
+            "apt-get update did not go through; going on with the lists that are there"
+        );
+    }
+}
+
+/// A command whose output is in English, to be read by this program.
+fn english(program: &str) -> Command {
+    let mut command = Command::new(program);
+    command.env("LC_ALL", "C");
+    command
+}
+
+/// What the package archive offers. What cannot be asked is not there.
+fn archive() -> Archive {
+    let ask = |arguments: &[&str]| output(english("apt-cache").args(arguments)).unwrap_or_default();
+    let versioned = ask(&["pkgnames", "rustc-1"]);
+    let mut names: Vec<String> = [
+        "rustc-web",
+        "cargo-web",
+        "rust-web-src",
+        "rustc",
+        "cargo",
+        "rust-src",
+        "qemu-system-x86",
+        "qemu-utils",
+    ]
+    .map(str::to_owned)
+    .to_vec();
+    for suffix in versioned.lines().filter_map(|name| name.strip_prefix("rustc-")) {
+        names.extend([
+            format!("rustc-{suffix}"),
+            format!("cargo-{suffix}"),
+            format!("rust-{suffix}-src"),
+        ]);
+    }
+    let mut policy = vec!["policy"];
+    policy.extend(names.iter().map(String::as_str));
+    let packages: BTreeMap<_, _> = Archive::packages_from_policy(&ask(&policy));
+    let codename = os_release_field(&os_release(), "VERSION_CODENAME").concat();
+    Archive {
+        packages,
+        emulator_pairs: Archive::pairs_from_madison(&ask(&[
+            "madison",
+            "qemu-system-x86",
+            "qemu-utils",
+        ])),
+        backports: Archive::backports_from_policy(&ask(&["policy"]), &codename),
+    }
+}
+
+fn os_release() -> String {
+    ["/etc/os-release", "/usr/lib/os-release"]
+        .iter()
+        .find_map(|path| std::fs::read_to_string(path).ok())
+        .unwrap_or_default()
+}
+
+fn family() -> Family {
+    if cfg!(target_os = "macos") { Family::Mac } else { Family::from_os_release(&os_release()) }
+}
+
+fn privilege() -> Privilege {
+    if output(Command::new("id").arg("-u")).is_ok_and(|id| id.trim() == "0") {
+        return Privilege::Root;
+    }
+    if find_program("sudo").is_none() {
+        return Privilege::None;
+    }
+    let is_free = Command::new("sudo")
+        .args(["-n", "true"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success());
+    match (is_free, std::io::stdin().is_terminal()) {
+        (true, _) => Privilege::Sudo,
+        (false, true) => Privilege::SudoAsks,
+        (false, false) => Privilege::None,
+    }
 }
