@@ -9,7 +9,7 @@
 
 use goblin::elf::Elf;
 use goblin::elf::section_header::{SHF_ALLOC, SHT_REL, SHT_RELA};
-use iced_x86::{CpuidFeature, Decoder, DecoderOptions, Instruction};
+use iced_x86::{Code, CpuidFeature, Decoder, DecoderOptions, Instruction};
 use object::{Object, ObjectSection, ObjectSymbol, SymbolKind};
 use std::mem::offset_of;
 use vmi_abi::REVISION_3_0;
@@ -226,6 +226,10 @@ fn set_checksum(bytes: &mut [u8], offset: usize) {
 /// The unit that an instruction uses, if its state belongs to the guest: x87, MMX, SSE and what came later.
 #[must_use]
 pub fn foreign_unit(instruction: &Instruction) -> Option<String> {
+    // The decoder counts it among the first processor's, yet it waits for the floating-point unit.
+    if instruction.code() == Code::Wait {
+        return Some("FPU".into());
+    }
     instruction.cpuid_features().iter().map(|feature| (feature, format!("{feature:?}"))).find_map(
         |(feature, name)| {
             let is_named_so =
@@ -440,4 +444,315 @@ impl<'a> Linked<'a> {
 /// A symbol's name as a reader knows it: the path without its hash.
 fn demangled(name: &str) -> String {
     format!("{:#}", rustc_demangle::demangle(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const SHT_PROGBITS: u32 = 1;
+    const SHT_SYMTAB: u32 = 2;
+    const SHT_STRTAB: u32 = 3;
+    const SHF_WRITE: u32 = 1;
+
+    /// A section of a file that the linker might have written.
+    struct Section {
+        name: &'static str,
+        kind: u32,
+        flags: u32,
+        data: Vec<u8>,
+    }
+
+    /// A linked file: the image, further sections, and functions in the image.
+    struct File {
+        base: u32,
+        rom: Vec<u8>,
+        sections: Vec<Section>,
+        functions: Vec<(&'static str, u32, u32)>,
+    }
+
+    impl File {
+        /// An image with valid headers and one function at 100h.
+        fn good() -> Self {
+            let mut rom = vec![0; 0x100];
+            let mut header =
+                RomHeader::read_from_bytes(&[0; size_of::<RomHeader>()]).expect("its own size");
+            header.rom_signature.set(vmi_abi::header::ROM_SIGNATURE);
+            header.vrom_signature.set(vmi_abi::header::VMI_SIGNATURE);
+            header.api_version_maj = 3;
+            header.pci_header_offs.set(0x90);
+            header.pnp_header_offs.set(0xb0);
+            header.license_offs.set(0xd0);
+            rom[..size_of::<RomHeader>()].copy_from_slice(zerocopy::IntoBytes::as_bytes(&header));
+            rom[0x90..0x94].copy_from_slice(&PCI_SIGNATURE);
+            rom[0xb0..0xb4].copy_from_slice(&PNP_SIGNATURE);
+            rom[0xd0..0xd4].copy_from_slice(b"GPL\0");
+            rom.extend([0x31, 0xc0, 0xc3]); // xor eax, eax; ret
+            Self { base: 0, rom, sections: Vec::new(), functions: vec![("answer", 0x100, 3)] }
+        }
+
+        /// The same with the function's code replaced.
+        fn with_code(code: &[u8]) -> Self {
+            let mut file = Self::good();
+            file.rom.truncate(0x100);
+            file.rom.extend(code);
+            file.functions = vec![("answer", 0x100, u32::try_from(code.len()).expect("short"))];
+            file
+        }
+
+        fn with_section(name: &'static str, kind: u32, size: usize) -> Self {
+            let mut file = Self::good();
+            file.sections.push(Section {
+                name,
+                kind,
+                flags: SHF_ALLOC | SHF_WRITE,
+                data: vec![0; size],
+            });
+            file
+        }
+
+        /// The file's bytes: header, contents, section headers.
+        fn bytes(&self) -> Vec<u8> {
+            let word = |value: usize| u32::try_from(value).expect("small").to_le_bytes();
+            let mut strings = vec![0];
+            let mut symbols = vec![0; 16];
+            for (name, offset, size) in &self.functions {
+                symbols.extend(word(strings.len()));
+                symbols.extend((self.base + offset).to_le_bytes());
+                symbols.extend(size.to_le_bytes());
+                symbols.extend([0x12, 0, 1, 0]); // A global function in section 1.
+                strings.extend(name.bytes().chain([0]));
+            }
+            let symbols_at = self.sections.len() + 2;
+            let rom = (".rom", SHT_PROGBITS, SHF_ALLOC, &self.rom, 0);
+            let others = self.sections.iter().map(|section| {
+                let link = if section.kind == SHT_REL { symbols_at } else { 0 };
+                (section.name, section.kind, section.flags, &section.data, link)
+            });
+            let tables = [
+                (".symtab", SHT_SYMTAB, 0, &symbols, symbols_at + 1),
+                (".strtab", SHT_STRTAB, 0, &strings, 0),
+            ];
+            let sections: Vec<_> = [rom].into_iter().chain(others).chain(tables).collect();
+
+            let mut names = vec![0];
+            let mut contents = vec![0; 52];
+            let mut headers = vec![0; 40];
+            let mut address = self.base;
+            let mut add = |name: &str,
+                           kind: u32,
+                           flags: u32,
+                           data: &[u8],
+                           link: usize,
+                           contents: &mut Vec<u8>,
+                           names: &mut Vec<u8>| {
+                headers.extend(word(names.len()));
+                headers.extend(kind.to_le_bytes());
+                headers.extend(flags.to_le_bytes());
+                headers.extend(if flags & SHF_ALLOC != 0 { address } else { 0 }.to_le_bytes());
+                headers.extend(word(contents.len()));
+                headers.extend(word(data.len()));
+                headers.extend(word(link));
+                headers.extend(word(usize::from(kind == SHT_SYMTAB)));
+                headers.extend(word(4));
+                headers.extend(word(match kind {
+                    SHT_SYMTAB => 16,
+                    SHT_REL => 8,
+                    _ => 0,
+                }));
+                names.extend(name.bytes().chain([0]));
+                contents.extend(data);
+                contents.resize(contents.len().next_multiple_of(4), 0);
+                address += u32::try_from(data.len()).expect("small");
+            };
+            for (name, kind, flags, data, link) in &sections {
+                add(name, *kind, *flags, data, *link, &mut contents, &mut names);
+            }
+            let mut all_names = names.clone();
+            all_names.extend(b".shstrtab\0");
+            add(".shstrtab", SHT_STRTAB, 0, &all_names, 0, &mut contents, &mut names);
+
+            let header: Vec<u8> = [
+                b"\x7fELF\x01\x01\x01".as_slice(),
+                &[0; 9],
+                &[3, 0, 3, 0],
+                &word(1),
+                &word(0),
+                &word(0),
+                &word(contents.len()),
+                &word(0),
+                &[52, 0, 32, 0, 0, 0, 40, 0],
+                &u16::try_from(sections.len() + 2).expect("few").to_le_bytes(),
+                &u16::try_from(sections.len() + 1).expect("few").to_le_bytes(),
+            ]
+            .concat();
+            contents[..header.len()].copy_from_slice(&header);
+            contents.extend(headers);
+            contents
+        }
+    }
+
+    fn refusal(file: &File) -> Refusal {
+        make(&file.bytes(), &file.bytes(), NATIVE_LIMIT).expect_err("broken")
+    }
+
+    #[test]
+    fn lengths_and_checksums_are_set() {
+        let other = File { base: 0xc00c_a000, ..File::good() };
+        let image =
+            make(&File::good().bytes(), &other.bytes(), NATIVE_LIMIT).expect("nothing wrong");
+        assert_eq!((image.bytes.len(), image.used, image.free()), (512, 0x103, 512 - 0x103 - 1));
+        assert_eq!(checksum(&image.bytes), 0);
+        assert_eq!(checksum(&image.bytes[0xb0..0xd0]), 0);
+        assert_eq!(image.bytes[2], 1);
+        let (pci, _) = PciHeader::read_from_prefix(&image.bytes[0x90..]).expect("long enough");
+        assert_eq!((pci.image_length.get(), pci.runtime_length.get()), (1, 1));
+        assert!(probe::probe(&image.bytes, REVISION_3_0).is_ok());
+    }
+
+    #[test]
+    fn the_checksum_has_a_byte_of_its_own() {
+        let code = |length: usize| File::with_code(&vec![0x90; length]);
+        let size = |file: File| {
+            make(&file.bytes(), &file.bytes(), NATIVE_LIMIT).expect("nothing wrong").bytes.len()
+        };
+        assert_eq!(size(code(0xff)), 512);
+        assert_eq!(size(code(0x100)), 1024);
+    }
+
+    #[test]
+    fn a_relocation_is_refused_with_its_place() {
+        let mut file = File::good();
+        let entry = [0x0101_u32.to_le_bytes(), 8_u32.to_le_bytes()].concat();
+        file.sections.push(Section {
+            name: ".rel.dyn",
+            kind: SHT_REL,
+            flags: SHF_ALLOC,
+            data: entry,
+        });
+        let refusal = refusal(&file);
+        assert!(matches!(refusal, Refusal::Relocation { kind: 8, offset: 0x101, .. }), "{refusal}");
+        assert!(refusal.to_string().contains("answer+0x1"), "{refusal}");
+    }
+
+    #[test]
+    fn writable_data_is_refused() {
+        for name in [".data", ".bss", ".forbidden_data", ".rodata", ".text"] {
+            let refusal = refusal(&File::with_section(name, SHT_PROGBITS, 4));
+            assert!(
+                matches!(&refusal, Refusal::Section { section, size: 4, .. } if section == name),
+                "{refusal}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_linkers_own_words_are_all_that_an_offset_table_may_hold() {
+        let file = |size| File::with_section(".forbidden_got", SHT_PROGBITS, size);
+        assert!(make(&file(12).bytes(), &file(12).bytes(), NATIVE_LIMIT).is_ok());
+        assert!(matches!(refusal(&file(16)), Refusal::Section { size: 16, .. }));
+    }
+
+    #[test]
+    fn bytes_that_depend_on_the_address_are_refused_with_their_place() {
+        let mut other = File { base: 0xc00c_a000, ..File::good() };
+        other.rom[0x102] = 0xcb;
+        let refusal =
+            make(&File::good().bytes(), &other.bytes(), NATIVE_LIMIT).expect_err("a difference");
+        assert!(matches!(refusal, Refusal::BaseDependent { offset: 0x102, .. }), "{refusal}");
+        assert!(refusal.to_string().contains("answer+0x2"), "{refusal}");
+        other.rom.pop();
+        let refusal =
+            make(&File::good().bytes(), &other.bytes(), NATIVE_LIMIT).expect_err("a difference");
+        assert!(refusal.to_string().contains("the end"), "{refusal}");
+    }
+
+    #[test]
+    fn instructions_of_the_guests_units_are_refused() {
+        for (code, text) in [
+            (&[0x90, 0x0f, 0x57, 0xc0, 0xc3][..], "xorps"),
+            (&[0x90, 0x66, 0x0f, 0xef, 0xc0], "pxor"),
+            (&[0x90, 0x0f, 0x77, 0xc3], "emms"),
+            (&[0x90, 0xd9, 0xe8, 0xc3], "fld1"),
+            (&[0x90, 0x9b, 0xc3], "wait"),
+            (&[0x90, 0x0f, 0xae, 0x00], "fxsave"),
+            (&[0x90, 0xc5, 0xf8, 0x57, 0xc0], "vxorps"),
+        ] {
+            let refusal = refusal(&File::with_code(code));
+            assert!(
+                matches!(refusal, Refusal::ForeignUnit { offset: 0x101, .. }),
+                "{text}: {refusal}"
+            );
+            assert!(refusal.to_string().contains(text), "{text}: {refusal}");
+        }
+    }
+
+    #[test]
+    fn other_young_instructions_are_not() {
+        let file = File::with_code(&[
+            0x0f, 0x01, 0xf9, 0x0f, 0x34, 0x0f, 0xc7, 0x09, 0x0f, 0x44, 0xc1, 0xf3, 0x90,
+        ]);
+        assert!(make(&file.bytes(), &file.bytes(), NATIVE_LIMIT).is_ok());
+    }
+
+    #[test]
+    fn a_function_of_other_bytes_than_instructions_is_refused() {
+        assert!(matches!(
+            refusal(&File::with_code(&[0x0f, 0xff])),
+            Refusal::NoInstruction { offset: 0x100, .. }
+        ));
+        let mut file = File::good();
+        file.functions = vec![("answer", 0x100, 4)];
+        assert!(matches!(refusal(&file), Refusal::NoInstruction { .. }));
+    }
+
+    #[test]
+    fn an_image_over_the_limit_is_refused_with_its_largest_function() {
+        let full = NATIVE_LIMIT - 0x100 - 1;
+        let file = File::with_code(&vec![0x90; full]);
+        assert_eq!(
+            make(&file.bytes(), &file.bytes(), NATIVE_LIMIT).map(|image| image.bytes.len()),
+            Ok(NATIVE_LIMIT)
+        );
+        let refusal = refusal(&File::with_code(&vec![0x90; full + 1]));
+        assert!(matches!(refusal, Refusal::TooLarge { .. }), "{refusal}");
+        assert!(refusal.to_string().contains("answer 7936"), "{refusal}");
+    }
+
+    #[test]
+    fn headers_that_a_guest_would_not_find_are_refused() {
+        let broken = |offset: usize| {
+            let mut file = File::good();
+            file.rom[offset] ^= 1;
+            refusal(&file)
+        };
+        assert!(matches!(broken(0), Refusal::Header(ProbeRefusal::NoRomSignature)));
+        assert!(matches!(broken(13), Refusal::Header(ProbeRefusal::Revision(_))));
+        assert!(matches!(broken(24), Refusal::Header(ProbeRefusal::NoPciHeader)));
+        assert!(matches!(broken(26), Refusal::NoPnpHeader));
+        assert!(matches!(broken(0xd0), Refusal::Header(ProbeRefusal::License)));
+        let short = File { rom: vec![0; 10], functions: Vec::new(), ..File::good() };
+        assert!(matches!(refusal(&short), Refusal::Header(_)));
+    }
+
+    #[test]
+    fn another_kind_of_file_is_refused() {
+        assert!(matches!(make(b"", b"", 512), Err(Refusal::NotElf(_))));
+        let mut file = File::good().bytes();
+        file[18] = 62;
+        assert!(matches!(make(&file, &file, 512), Err(Refusal::NotElf(_))));
+    }
+
+    proptest! {
+        #[test]
+        fn a_damaged_file_never_panics(damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..20)) {
+            let mut file = File::good().bytes();
+            for (index, byte) in damage {
+                let at = index.index(file.len());
+                file[at] = byte;
+            }
+            let _ = make(&file, &file, NATIVE_LIMIT);
+        }
+    }
 }

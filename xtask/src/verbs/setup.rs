@@ -165,7 +165,12 @@ fn apt(attempts: &[Vec<String>], privilege: Privilege, dry_run: bool) -> Result<
             continue;
         }
         anstream::eprintln!("{command}");
-        anstream::eprintln!("  installs {}", simulation.installs.join(", "));
+        let installs = if simulation.installs.is_empty() {
+            "nothing new".into()
+        } else {
+            simulation.installs.join(", ")
+        };
+        anstream::eprintln!("  installs {installs}");
         if dry_run {
             return Ok(());
         }
