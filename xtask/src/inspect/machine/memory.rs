@@ -1,0 +1,157 @@
+//! What the code under inspection may touch, and what is in it.
+
+use std::collections::HashMap;
+
+/// Memory that the code was given, besides the image.
+#[derive(Clone, Debug)]
+pub struct Region {
+    /// What it is, for messages.
+    pub name: &'static str,
+    /// Linear address of the first byte.
+    pub base: u32,
+    /// Its content.
+    pub bytes: Vec<u8>,
+    /// Whether the code may change it.
+    pub writable: bool,
+}
+
+impl Region {
+    /// The place of `size` bytes in the region, if all of them are inside.
+    fn place(&self, address: u32, size: usize) -> Option<std::ops::Range<usize>> {
+        let start = address.checked_sub(self.base)? as usize;
+        let end = start.checked_add(size)?;
+        (end <= self.bytes.len()).then_some(start..end)
+    }
+
+    /// A little-endian number of up to 8 bytes.
+    #[must_use]
+    pub fn number(&self, address: u32, size: usize) -> Option<u64> {
+        self.place(address, size).map(|place| number(&self.bytes[place]))
+    }
+}
+
+/// A little-endian number of up to 8 bytes.
+fn number(bytes: &[u8]) -> u64 {
+    bytes.iter().rev().fold(0, |value, byte| (value << 8) | u64::from(*byte))
+}
+
+/// Why an access did not go as the code wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Denied {
+    /// A store into the image. The real thing drops it.
+    Image,
+    /// Memory that the code was not given.
+    NotGranted,
+}
+
+/// Linear memory.
+#[derive(Clone, Debug)]
+pub struct Memory<'a> {
+    image: &'a [u8],
+    image_base: u32,
+    /// The regions, the stack first.
+    pub regions: Vec<Region>,
+    /// Whether memory that was not given may be touched all the same.
+    pub lenient: bool,
+    elsewhere: HashMap<u32, u8>,
+}
+
+impl<'a> Memory<'a> {
+    /// Memory with the image in it.
+    #[must_use]
+    pub fn new(image: &'a [u8], image_base: u32, regions: Vec<Region>) -> Self {
+        Self { image, image_base, regions, lenient: false, elsewhere: HashMap::new() }
+    }
+
+    /// Linear address of the image.
+    #[must_use]
+    pub fn image_base(&self) -> u32 {
+        self.image_base
+    }
+
+    /// The offset in the image that an address stands for.
+    #[must_use]
+    pub fn offset_of(&self, address: u32) -> Option<usize> {
+        let offset = address.checked_sub(self.image_base)? as usize;
+        (offset < self.image.len()).then_some(offset)
+    }
+
+    /// Reads up to 8 bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`Denied::NotGranted`].
+    pub fn read(&self, address: u32, size: usize) -> Result<u64, Denied> {
+        if let Some(offset) = self.offset_of(address)
+            && let Some(bytes) = self.image.get(offset..offset + size)
+        {
+            return Ok(number(bytes));
+        }
+        if let Some(value) = self.regions.iter().find_map(|region| region.number(address, size)) {
+            return Ok(value);
+        }
+        if self.lenient {
+            let byte = |i: u32| self.elsewhere.get(&address.wrapping_add(i)).copied().unwrap_or(0);
+            return Ok((0..size as u32)
+                .rev()
+                .fold(0, |value, i| (value << 8) | u64::from(byte(i))));
+        }
+        Err(Denied::NotGranted)
+    }
+
+    /// Writes up to 8 bytes.
+    ///
+    /// # Errors
+    ///
+    /// The store was dropped, for the reason given.
+    pub fn write(&mut self, address: u32, size: usize, value: u64) -> Result<(), Denied> {
+        let bytes = value.to_le_bytes();
+        let last = address.wrapping_add(size.saturating_sub(1) as u32);
+        if self.offset_of(address).is_some() || self.offset_of(last).is_some() {
+            return Err(Denied::Image);
+        }
+        for region in &mut self.regions {
+            if let Some(place) = region.place(address, size) {
+                if !region.writable {
+                    return Err(Denied::NotGranted);
+                }
+                region.bytes[place].copy_from_slice(&bytes[..size]);
+                return Ok(());
+            }
+        }
+        if self.lenient {
+            self.elsewhere.extend(
+                (0..).zip(&bytes[..size]).map(|(i, byte)| (address.wrapping_add(i), *byte)),
+            );
+            return Ok(());
+        }
+        Err(Denied::NotGranted)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_image_can_be_read_and_stays_as_it_is() {
+        let mut memory = Memory::new(&[1, 2, 3, 4], 0x1000, Vec::new());
+        assert_eq!(memory.read(0x1001, 2), Ok(0x0302));
+        assert_eq!(memory.write(0x1003, 1, 9), Err(Denied::Image));
+        assert_eq!(memory.write(0xfff, 4, 9), Err(Denied::Image));
+        assert_eq!(memory.read(0x1003, 1), Ok(4));
+        assert_eq!(memory.read(0x1003, 2), Err(Denied::NotGranted));
+    }
+
+    #[test]
+    fn a_region_ends_where_it_ends() {
+        let region = Region { name: "page", base: u32::MAX - 3, bytes: vec![0; 4], writable: true };
+        let mut memory = Memory::new(&[], 0, vec![region]);
+        assert_eq!(memory.write(u32::MAX - 3, 4, 0x0403_0201), Ok(()));
+        assert_eq!(memory.read(u32::MAX - 1, 2), Ok(0x0403));
+        assert_eq!(memory.read(u32::MAX, 2), Err(Denied::NotGranted));
+        memory.lenient = true;
+        assert_eq!(memory.write(u32::MAX, 2, 0x0807), Ok(()));
+        assert_eq!(memory.read(u32::MAX, 2), Ok(0x0807));
+    }
+}

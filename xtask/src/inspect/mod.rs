@@ -1,0 +1,33 @@
+//! The inspector: what a VMI ROM's call table does, and whether it keeps the contract.
+//!
+//! Nothing is taken from symbols or from what we know of our own image. The ROM's own `vmi_init`,
+//! `get_reloc` and calls are executed, at a linear address of choice:
+//!
+//! - [`rom`]: the bytes and the structures in them,
+//! - [`machine`]: a flat 32-bit ring-0 processor that watches what the code does,
+//! - [`answers`]: what `get_reloc` says of each call,
+//! - [`reach`]: the instructions that can be reached from an entry, executed or not,
+//! - [`trial`]: a call executed as a guest would call it, from a random state,
+//! - [`rules`]: the contract, held against all of that,
+//! - [`survey`] and [`report`]: the same facts for a reader.
+
+pub mod answers;
+pub mod machine;
+pub mod random;
+pub mod reach;
+pub mod report;
+pub mod rom;
+pub mod rules;
+pub mod survey;
+pub mod trial;
+
+pub use answers::{Answer, Table, answers};
+pub use rom::{ReadError, Rom};
+pub use rules::{Note, Report, Rule, Violation, verify};
+pub use survey::{Survey, survey};
+
+/// Where Linux sees a ROM that the firmware placed at C8000h.
+pub const HIGH_BASE: u32 = 0xc00c_8000;
+
+/// Another place, as far from [`HIGH_BASE`] in every byte as the 2 KiB boundary permits.
+pub const LOW_BASE: u32 = 0x000d_1800;

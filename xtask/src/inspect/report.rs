@@ -1,0 +1,246 @@
+//! Surveys and verdicts as text for a reader. Print it through `anstream`.
+
+use super::answers::Answer;
+use super::rules::{Report, kind_name};
+use super::survey::{CallFacts, Header, Pci, Pnp, Survey};
+use crate::table::{Align, BAD, Cell, DIM, GOOD, HEAD, PLAIN, Table};
+use anstyle::Style;
+use std::fmt::Write;
+use vmi_abi::{CALLS_3_0, RelocationType};
+
+/// What `inspect` prints of the whole ROM.
+#[must_use]
+pub fn survey(survey: &Survey) -> String {
+    let mut text = head(survey).render();
+    text.push('\n');
+    text.push_str(&calls(survey).render());
+    let answered = survey.calls.iter().filter(|call| call.offset.is_some()).count();
+    let _ = write!(
+        text,
+        "\n{answered} of {} calls have code; get_reloc takes at most {} instructions for an answer.\n",
+        survey.calls.len(),
+        survey.get_reloc_instructions
+    );
+    if survey.calls.iter().filter_map(|call| call.code.as_ref()).any(|code| code.cut_short) {
+        text.push_str("+ more: the execution was ended after a time.\n");
+    }
+    text
+}
+
+fn head(survey: &Survey) -> Table {
+    let mut table = Table::new(&[Align::Left, Align::Left]);
+    let mut line = |name: &str, value: String, style: Style| {
+        table.row([Cell::new(name, HEAD), Cell::new(value, style)]);
+    };
+    let Header { image_bytes, used_bytes, free_bytes, virtual_top, .. } = survey.header;
+    let header = &survey.header;
+    line("interface", format!("{}.{}", header.revision_major, header.revision_minor), PLAIN);
+    line(
+        "image",
+        format!("{image_bytes} bytes ({image_bytes:X}h): {used_bytes} used, {free_bytes} free"),
+        PLAIN,
+    );
+    if header.file_bytes != image_bytes {
+        line("file", format!("{} bytes: not what the length byte says", header.file_bytes), BAD);
+    }
+    match header.byte_sum {
+        0 => line("checksum", "right".to_owned(), GOOD),
+        sum => line("checksum", format!("wrong: the bytes add up to {sum:02X}h"), BAD),
+    }
+    match &header.license {
+        Some(license) => line("licence", license.clone(), PLAIN),
+        None => line("licence", "none".to_owned(), BAD),
+    }
+    let top = match virtual_top {
+        0 => "0: no hole at the top of linear space".to_owned(),
+        top => format!("{top:08X}h: {} bytes reserved", header.reserved_top_bytes),
+    };
+    line("virtual_top", top, PLAIN);
+    line("PCIR", survey.pci.as_ref().map_or("none".to_owned(), pci), PLAIN);
+    match &survey.pnp {
+        Some(found) => {
+            line("$PnP", pnp(found), if found.byte_sum == Some(0) { PLAIN } else { BAD });
+            line("manufacturer", found.manufacturer.clone().unwrap_or_default(), PLAIN);
+            line("product", found.product.clone().unwrap_or_default(), PLAIN);
+        }
+        None => line("$PnP", "none".to_owned(), PLAIN),
+    }
+    let base = survey.base;
+    match survey.vmi_init_result {
+        Some(0) => {
+            line("vmi_init", format!("EAX = 0, success (image at linear {base:08X}h)"), GOOD)
+        }
+        Some(result) => line("vmi_init", format!("EAX = {result:08X}h, failure"), BAD),
+        None => line("vmi_init", "did not return".to_owned(), BAD),
+    }
+    table
+}
+
+fn pci(pci: &Pci) -> String {
+    let [base, subclass, interface] = pci.class;
+    let [major, minor] = pci.version;
+    format!(
+        "at {:X}h: device {:04x}:{:04x}, class {base:02x}{subclass:02x}{interface:02x}, version {major}.{minor}, \
+         {} bytes, code type {}{}",
+        pci.offset,
+        pci.vendor,
+        pci.device,
+        pci.image_bytes,
+        pci.code_type,
+        if pci.last_image { ", last image" } else { "" }
+    )
+}
+
+fn pnp(pnp: &Pnp) -> String {
+    let sum = match pnp.byte_sum {
+        Some(0) => "checksum right".to_owned(),
+        Some(sum) => format!("checksum wrong: the bytes add up to {sum:02X}h"),
+        None => "longer than the image".to_owned(),
+    };
+    format!("at {:X}h: {sum}", pnp.offset)
+}
+
+fn calls(survey: &Survey) -> Table {
+    use Align::{Left, Right};
+    let mut table = Table::new(&[Right, Left, Left, Right, Right, Right, Right, Right, Left, Left]);
+    table.heading(&[
+        "nr",
+        "call",
+        "answer",
+        "offset",
+        "bytes",
+        "instr",
+        "run",
+        "stack",
+        "writes",
+        "system instructions",
+    ]);
+    for call in &survey.calls {
+        let none = call.answer_type == Some(RelocationType::NONE.0);
+        let style = if none { DIM } else { PLAIN };
+        let mut cells = vec![
+            Cell::new(call.number.to_string(), style),
+            Cell::new(call.name, style),
+            Cell::new(call.answer.clone().unwrap_or_else(|| "no answer".to_owned()), style),
+        ];
+        if let (Some(offset), Some(code)) = (call.offset, &call.code) {
+            let more = if code.cut_short { "+" } else { "" };
+            cells.extend([
+                Cell::from(format!("{offset:X}h")),
+                code.bytes.to_string().into(),
+                code.instructions.to_string().into(),
+                format!("{}{more}", code.executed).into(),
+                code.stack_bytes.to_string().into(),
+                code.written.join(" ").into(),
+                code.system.join(", ").into(),
+            ]);
+        }
+        table.row(cells);
+    }
+    table
+}
+
+/// What `inspect --call` prints.
+#[must_use]
+pub fn call(call: &CallFacts) -> String {
+    let mut text =
+        format!("{}{} {}{}\n", HEAD.render(), call.number, call.name, HEAD.render_reset());
+    let _ = writeln!(text, "{}", call.summary);
+    let _ = writeln!(text, "answer: {}", call.answer.as_deref().unwrap_or("none returned"));
+    let Some(code) = &call.code else { return text };
+    let _ = writeln!(
+        text,
+        "{} bytes, {} instructions, at most {}{} executed, {} bytes of stack\n",
+        code.bytes,
+        code.instructions,
+        code.executed,
+        if code.cut_short { " and more" } else { "" },
+        code.stack_bytes
+    );
+    let mut table = Table::new(&[Align::Right, Align::Left, Align::Left, Align::Left]);
+    for line in &code.listing {
+        let (style, remark) = if line.executed { (PLAIN, "") } else { (DIM, "; not executed") };
+        table.row([
+            Cell::new(format!("{:X}h", line.offset), DIM),
+            Cell::new(line.bytes.clone(), DIM),
+            Cell::new(line.text.clone(), style),
+            Cell::new(remark, DIM),
+        ]);
+    }
+    text.push_str(&table.render());
+    text
+}
+
+/// What `verify` prints.
+#[must_use]
+pub fn verdict(report: &Report) -> String {
+    let mut text = String::new();
+    text.push_str(&answered(report).render());
+    if !text.is_empty() {
+        text.push('\n');
+    }
+    for violation in &report.violations {
+        let place = match (violation.offset, &violation.instruction) {
+            (Some(offset), Some(instruction)) => format!(" at {offset:X}h `{instruction}`"),
+            (Some(offset), None) => format!(" at {offset:X}h"),
+            _ => String::new(),
+        };
+        let number = violation.call.map_or(String::new(), |number| format!("call {number} "));
+        let _ = writeln!(
+            text,
+            "{}{}{}: {number}{}{place}: {}",
+            BAD.render(),
+            violation.rule,
+            BAD.render_reset(),
+            violation.subject,
+            violation.detail
+        );
+    }
+    for note in &report.notes {
+        let _ = writeln!(
+            text,
+            "{}note{}: {}: {}",
+            DIM.render(),
+            DIM.render_reset(),
+            note.subject,
+            note.detail
+        );
+    }
+    let executed = report.executed.iter().flatten().count();
+    let asked = report.table.as_ref().map_or(0, |table| table.answers.iter().flatten().count());
+    let (style, verdict) = match report.violations.len() {
+        0 => (GOOD, "clean".to_owned()),
+        1 => (BAD, "1 violation".to_owned()),
+        count => (BAD, format!("{count} violations")),
+    };
+    let _ = writeln!(
+        text,
+        "{}{verdict}{}: {asked} calls answered, {executed} of them with code that was executed",
+        style.render(),
+        style.render_reset()
+    );
+    text
+}
+
+/// Instructions of each call that has code.
+fn answered(report: &Report) -> Table {
+    let mut table =
+        Table::new(&[Align::Right, Align::Left, Align::Left, Align::Right, Align::Right]);
+    let Some(found) = &report.table else { return table };
+    let mut rows = CALLS_3_0.iter().zip(&report.executed).filter_map(|(call, executed)| {
+        let answer: Answer = found.answer_of(call.number?)?;
+        Some((call, answer, (*executed)?))
+    });
+    let Some(first) = rows.next() else { return table };
+    table.heading(&["nr", "call", "answer", "offset", "instructions"]);
+    for (call, answer, executed) in std::iter::once(first).chain(rows) {
+        table.row([
+            call.number.map_or(String::new(), |number| number.0.to_string()).into(),
+            call.name.into(),
+            kind_name(answer.kind).into(),
+            answer.offset.map_or(String::new(), |offset| format!("{offset:X}h")).into(),
+            executed.to_string().into(),
+        ]);
+    }
+    table
+}

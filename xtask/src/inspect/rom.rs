@@ -1,0 +1,160 @@
+//! The ROM's bytes and the structures in them. Every access is checked: the bytes may be anything.
+
+use std::fmt;
+use vmi_abi::header::{
+    LENGTH_UNIT, PNP_SIGNATURE, PciHeader, PnpHeader, ROM_SIGNATURE, RomHeader, VMI_SIGNATURE,
+    checksum,
+};
+use vmi_abi::{REVISION_3_0, Revision, probe};
+use zerocopy::FromBytes;
+
+/// Why bytes cannot be looked at as a ROM at all. Whatever is wrong beyond that is a violation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReadError {
+    /// Fewer bytes than a header.
+    Truncated {
+        /// Bytes that there are.
+        present: usize,
+    },
+    /// Neither an option ROM's signature nor VMI's.
+    NotARom,
+    /// A revision whose calls this version cannot look at.
+    Revision(Revision),
+}
+
+impl fmt::Display for ReadError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Truncated { present } => {
+                write!(
+                    f,
+                    "{present} bytes are fewer than the {} of a VMI ROM header",
+                    size_of::<RomHeader>()
+                )
+            }
+            Self::NotARom => {
+                write!(f, "not a VMI ROM: neither `55 AA` at offset 0 nor `cVmi` at offset 8")
+            }
+            Self::Revision(Revision { major, minor }) => {
+                write!(f, "interface revision {major}.{minor}: only revision 3.0 can be looked at")
+            }
+        }
+    }
+}
+
+impl std::error::Error for ReadError {}
+
+/// A file that holds a ROM.
+#[derive(Clone, Debug)]
+pub struct Rom {
+    file: Vec<u8>,
+    header: RomHeader,
+}
+
+impl Rom {
+    /// Takes a file's bytes for a ROM.
+    ///
+    /// # Errors
+    ///
+    /// There is no header, or nothing about it says that it is one of a ROM.
+    pub fn parse(file: &[u8]) -> Result<Self, ReadError> {
+        let (header, _) = RomHeader::read_from_prefix(file)
+            .map_err(|_| ReadError::Truncated { present: file.len() })?;
+        if header.rom_signature.get() != ROM_SIGNATURE
+            && header.vrom_signature.get() != VMI_SIGNATURE
+        {
+            return Err(ReadError::NotARom);
+        }
+        Ok(Self { file: file.to_vec(), header })
+    }
+
+    /// The header.
+    #[must_use]
+    pub fn header(&self) -> &RomHeader {
+        &self.header
+    }
+
+    /// The interface revision that the header claims.
+    #[must_use]
+    pub fn revision(&self) -> Revision {
+        Revision { major: self.header.api_version_maj, minor: self.header.api_version_min }
+    }
+
+    /// Whether a guest of revision 3.0 takes the ROM's calls for its own.
+    ///
+    /// # Errors
+    ///
+    /// The header claims another revision.
+    pub fn require_3_0(&self) -> Result<(), ReadError> {
+        let found = self.revision();
+        if found.major == REVISION_3_0.major { Ok(()) } else { Err(ReadError::Revision(found)) }
+    }
+
+    /// All bytes of the file.
+    #[must_use]
+    pub fn file(&self) -> &[u8] {
+        &self.file
+    }
+
+    /// Bytes that the length byte claims.
+    #[must_use]
+    pub fn claimed_length(&self) -> usize {
+        usize::from(self.header.rom_length) * LENGTH_UNIT
+    }
+
+    /// The image: what the length byte claims, as far as the file has it, and at least a header.
+    #[must_use]
+    pub fn image(&self) -> &[u8] {
+        let length = self.claimed_length().clamp(size_of::<RomHeader>(), self.file.len());
+        self.file.get(..length).unwrap_or(&self.file)
+    }
+
+    /// The sum of the image's bytes; 0 is right.
+    #[must_use]
+    pub fn sum(&self) -> u8 {
+        checksum(self.image())
+    }
+
+    /// The `PCIR` structure.
+    #[must_use]
+    pub fn pci(&self) -> Option<&PciHeader> {
+        probe::pci_header(self.image())
+    }
+
+    /// The `$PnP` structure.
+    #[must_use]
+    pub fn pnp(&self) -> Option<&PnpHeader> {
+        let offset = usize::from(self.header.pnp_header_offs.get());
+        let (pnp, _) = PnpHeader::ref_from_prefix(self.image().get(offset..)?).ok()?;
+        (offset != 0 && pnp.signature == PNP_SIGNATURE).then_some(pnp)
+    }
+
+    /// The bytes that the `$PnP` structure's checksum covers.
+    #[must_use]
+    pub fn pnp_bytes(&self) -> Option<&[u8]> {
+        let length = usize::from(self.pnp()?.length) * 16;
+        self.image().get(usize::from(self.header.pnp_header_offs.get())..)?.get(..length)
+    }
+
+    /// The licence string.
+    #[must_use]
+    pub fn license(&self) -> Option<&[u8]> {
+        probe::license(self.image())
+    }
+
+    /// A NUL-ended string of the image.
+    #[must_use]
+    pub fn string(&self, offset: u16) -> Option<&[u8]> {
+        probe::string(self.image(), offset)
+    }
+
+    /// Bytes without the padding at the end. The checksum byte stands behind the padding.
+    #[must_use]
+    pub fn used(&self) -> usize {
+        let Some((_, body)) = self.image().split_last() else { return 0 };
+        let Some(filler) = body.last().filter(|byte| matches!(byte, 0 | 0xff | 0xcc)) else {
+            return self.image().len();
+        };
+        body.iter().rposition(|byte| byte != filler).map_or(0, |last| last + 1)
+    }
+}

@@ -1,0 +1,441 @@
+//! Each call's code, executed from many states.
+
+use super::answering::subject;
+use super::{Report, Rule, Subject, effects};
+use crate::inspect::answers::{Answer, Table};
+use crate::inspect::machine::registers::{GENERAL, SEGMENTS};
+use crate::inspect::machine::{Code, Stop, flags};
+use crate::inspect::reach::reach;
+use crate::inspect::trial::{self, Trial};
+use crate::inspect::{HIGH_BASE, LOW_BASE};
+use iced_x86::Register;
+use std::collections::BTreeSet;
+use vmi_abi::{CALLS_3_0, Call, Ending, Registers, STACK_LIMIT, number};
+
+/// States from which each call is executed, at each base.
+const TRIALS: u64 = 64;
+
+/// States from which a call that never returns is executed.
+const STOPPING_TRIALS: u64 = 4;
+
+/// Instructions that a call may take before it is said not to return.
+const CALL_BUDGET: u64 = 200_000;
+
+/// Instructions after which a call that must not return is believed, once; then a tenth of it.
+const STOPPING_BUDGET: u64 = 600_000;
+
+pub(super) fn check(code: &Code<'_>, table: &Table, report: &mut Report) {
+    for call in CALLS_3_0 {
+        let answer = call.number.and_then(|number| table.answer_of(number));
+        let executed = answer
+            .and_then(|answer| Some((answer, answer.offset?)))
+            .map(|(answer, offset)| check_call(code, call, answer, offset, report));
+        report.executed.push(executed);
+    }
+}
+
+/// Executes and judges one call; the most instructions that an execution took.
+fn check_call(
+    code: &Code<'_>,
+    call: &Call,
+    answer: Answer,
+    offset: usize,
+    report: &mut Report,
+) -> u64 {
+    let mut check = Check {
+        code,
+        call,
+        subject: subject(call.number.map_or(0, |number| number.0)),
+        report,
+        kept: Registers::empty(),
+    };
+    let stops = call.contract.ending == Ending::Stops;
+    let trials = if stops { STOPPING_TRIALS } else { TRIALS };
+    let mut executed = BTreeSet::new();
+    let mut most = 0;
+    let mut cut_short = false;
+    for seed in 0..trials {
+        let budget = match stops {
+            true if seed < 2 => STOPPING_BUDGET,
+            true => STOPPING_BUDGET / 10,
+            false => CALL_BUDGET,
+        };
+        let mut high = trial::call(code, HIGH_BASE, offset, call, answer.kind, seed);
+        let stop = high.machine.run(budget);
+        executed.extend(high.machine.trace.offsets.iter().copied());
+        most = most.max(high.machine.trace.instructions);
+        cut_short |= matches!(stop, Stop::Budget | Stop::Fuel);
+        let goes_on = check.judge(&high, stop);
+        if !goes_on {
+            break;
+        }
+        if stops && seed > 0 {
+            continue;
+        }
+        let mut low = trial::call(code, LOW_BASE, offset, call, answer.kind, seed);
+        let low_stop = low.machine.run(budget);
+        if !check.same(&high, stop, &low, low_stop) {
+            break;
+        }
+    }
+    let reached = reach(code, offset, &executed, cut_short);
+    check.report.reachable(code, &check.subject, &reached);
+    most
+}
+
+/// A call under examination.
+pub(super) struct Check<'a, 'b> {
+    pub(super) code: &'a Code<'a>,
+    pub(super) call: &'a Call,
+    subject: Subject,
+    report: &'b mut Report,
+    /// Registers already reported.
+    kept: Registers,
+}
+
+impl Check<'_, '_> {
+    pub(super) fn violation(
+        &mut self,
+        rule: Rule,
+        offset: Option<usize>,
+        detail: impl Into<String>,
+    ) {
+        self.report.code(self.code, &self.subject, rule, offset, detail);
+    }
+
+    /// A violation that carries no place, or a place that differs by state: once for a call.
+    pub(super) fn once(&mut self, rule: Rule, offset: Option<usize>, detail: impl Into<String>) {
+        let known = self
+            .report
+            .violations
+            .iter()
+            .any(|found| found.rule == rule && found.call == self.subject.call);
+        if !known {
+            self.violation(rule, offset, detail);
+        }
+    }
+
+    /// Judges one execution; whether more would tell more.
+    fn judge(&mut self, trial: &Trial<'_>, stop: Stop) -> bool {
+        let trace = &trial.machine.trace;
+        self.report.breaches(self.code, &self.subject, &trace.breaches);
+        let depth = trial.machine.stack_depth();
+        if depth > STACK_LIMIT {
+            let detail =
+                format!("uses {depth} bytes of the caller's stack, {STACK_LIMIT} are granted");
+            self.once(Rule::StackUse, Some(trace.last), detail);
+        }
+        match stop {
+            Stop::Undecided => {
+                let detail = "cannot decide: this instruction is not known to the inspector";
+                self.violation(Rule::Undecided, Some(trace.last), detail);
+                return true;
+            }
+            Stop::Fuel => {
+                let detail = "cannot decide: the inspection's budget of instructions is used up";
+                self.once(Rule::Undecided, Some(trace.last), detail);
+                return false;
+            }
+            Stop::Interrupt(vector) => {
+                let detail = format!("raises exception or interrupt {vector}");
+                self.violation(Rule::Ending, Some(trace.last), detail);
+                return true;
+            }
+            _ => {}
+        }
+        match self.call.contract.ending {
+            Ending::Returns => self.judge_return(trial, stop),
+            Ending::Transfers if self.call.number == Some(number::IRET) => {
+                self.judge_iret(trial, stop)
+            }
+            Ending::Transfers => self.judge_sysexit(trial, stop),
+            Ending::Stops => self.judge_end(trial, stop),
+        }
+    }
+
+    fn judge_return(&mut self, trial: &Trial<'_>, stop: Stop) -> bool {
+        let machine = &trial.machine;
+        let at = Some(machine.trace.last);
+        match stop {
+            Stop::Left if machine.registers.eip == trial::RETURN_ADDRESS => {}
+            Stop::Left => {
+                let detail = format!(
+                    "does not return to its caller: leaves the image for {:04X}:{:08X}h",
+                    machine.registers.get(Register::CS),
+                    machine.registers.eip
+                );
+                self.violation(Rule::Ending, at, detail);
+                return true;
+            }
+            Stop::Halted => {
+                self.violation(
+                    Rule::Ending,
+                    at,
+                    "halts with interrupts disabled: it never returns",
+                );
+                return true;
+            }
+            Stop::Reset => {
+                self.violation(Rule::Ending, at, "shuts the processor down");
+                return true;
+            }
+            _ => {
+                let detail = format!("did not return within {CALL_BUDGET} instructions");
+                self.once(Rule::Ending, at, detail);
+                return false;
+            }
+        }
+        let expected = trial.entry.get(Register::ESP).wrapping_add(4);
+        let esp = machine.registers.get(Register::ESP);
+        if esp != expected {
+            let detail = format!(
+                "returns with ESP {:+} bytes from where the caller expects it",
+                esp.wrapping_sub(expected) as i32
+            );
+            self.violation(Rule::StackBalance, at, detail);
+        }
+        self.judge_registers(trial, self.call.contract.may_change() | Registers::ESP);
+        effects::judge_flags(self, trial);
+        effects::judge_effect(self, trial);
+        true
+    }
+
+    /// Registers beyond those of `may_change` are as they were.
+    fn judge_registers(&mut self, trial: &Trial<'_>, may_change: Registers) {
+        let machine = &trial.machine;
+        let (before, after) = (trial.entry.general(), machine.registers.general());
+        for (place, (name, register)) in GENERAL.iter().enumerate() {
+            if before[place] == after[place]
+                || may_change.contains(*register)
+                || self.kept.contains(*register)
+            {
+                continue;
+            }
+            self.kept |= *register;
+            // Two registers lost to one instruction are two violations.
+            let detail = format!("changes {name}, which the call must keep");
+            self.register(machine.trace.writers[place], detail);
+        }
+        for segment in SEGMENTS {
+            if trial.entry.get(segment) != machine.registers.get(segment) {
+                let detail = format!("changes {segment:?}, which the call must keep");
+                self.violation(Rule::Register, Some(machine.trace.last), detail);
+            }
+        }
+    }
+
+    fn register(&mut self, offset: Option<usize>, detail: String) {
+        let instruction =
+            offset.and_then(|offset| self.code.at(offset)).map(|i| super::disassemble(&i));
+        self.report.violations.push(super::Violation {
+            rule: Rule::Register,
+            call: self.subject.call,
+            subject: self.subject.name,
+            offset,
+            instruction,
+            detail,
+        });
+    }
+
+    fn judge_iret(&mut self, trial: &Trial<'_>, stop: Stop) -> bool {
+        let machine = &trial.machine;
+        let at = Some(machine.trace.last);
+        if stop != Stop::Left {
+            let detail = format!("does not end in an interrupt return ({})", told(stop));
+            self.once(Rule::Ending, at, detail);
+            return stop != Stop::Budget;
+        }
+        let word = |place: usize| trial.frame.get(place).copied();
+        let registers = &machine.registers;
+        if Some(registers.eip) != word(0) {
+            let detail = match registers.eip {
+                trial::RETURN_ADDRESS => {
+                    "takes the return address for the frame: reached by CALL_REL, it must drop it".to_owned()
+                }
+                eip if Some(eip) == word(1) => {
+                    "drops a word of the frame: reached by JUMP_REL, no return address lies above it".to_owned()
+                }
+                eip => format!("goes on at {eip:08X}h instead of the frame's EIP"),
+            };
+            self.once(Rule::Ending, at, detail);
+            return true;
+        }
+        // Virtual-8086 mode runs at privilege level 3 whatever its CS is.
+        let virtual_8086 = word(2).is_some_and(|flags| flags & flags::VIRTUAL_8086 != 0);
+        let level = if virtual_8086 { 3 } else { 0 };
+        let mut wanted = vec![
+            ("CS", registers.get(Register::CS), word(1).map(|cs| cs | level)),
+            (
+                "EFLAGS",
+                registers.eflags,
+                word(2).map(|flags| flags | (registers.eflags & flags::FIXED)),
+            ),
+        ];
+        let outer = trial.frame.len() > 3;
+        let esp = if outer { word(3) } else { Some(trial.frame_at.wrapping_add(12)) };
+        wanted.push(("ESP", registers.get(Register::ESP), esp));
+        if outer {
+            wanted.push(("SS", registers.get(Register::SS), word(4)));
+        }
+        let segments = [Register::ES, Register::DS, Register::FS, Register::GS];
+        for (place, segment) in (5..).zip(segments) {
+            let value = if virtual_8086 { word(place) } else { Some(trial.entry.get(segment)) };
+            wanted.push(("a data segment register", registers.get(segment), value));
+        }
+        for (name, found, wanted) in wanted {
+            if Some(found) != wanted {
+                let wanted = wanted.unwrap_or_default();
+                let detail = format!(
+                    "{name} is {found:X}h behind the return, the interrupted context has {wanted:X}h"
+                );
+                self.once(Rule::Ending, at, detail);
+            }
+        }
+        self.judge_registers_of(trial, Registers::ESP);
+        true
+    }
+
+    /// General registers alone: segments belong to the other context.
+    fn judge_registers_of(&mut self, trial: &Trial<'_>, may_change: Registers) {
+        let (before, after) = (trial.entry.general(), trial.machine.registers.general());
+        for (place, (name, register)) in GENERAL.iter().enumerate() {
+            let free = may_change.contains(*register) || self.kept.contains(*register);
+            if before[place] != after[place] && !free {
+                self.kept |= *register;
+                let detail =
+                    format!("changes {name}, which belongs to the interrupted context already");
+                self.register(trial.machine.trace.writers[place], detail);
+            }
+        }
+    }
+
+    fn judge_sysexit(&mut self, trial: &Trial<'_>, stop: Stop) -> bool {
+        let machine = &trial.machine;
+        let at = Some(machine.trace.last);
+        if stop != Stop::Left || machine.registers.ring() != 3 {
+            let detail = match stop {
+                Stop::Left => format!(
+                    "leaves the image for linear {:08X}h in ring 0 instead of going to user mode",
+                    machine.registers.eip
+                ),
+                _ => format!("does not end in a return to user mode ({})", told(stop)),
+            };
+            self.once(Rule::Ending, at, detail);
+            return stop != Stop::Budget;
+        }
+        let registers = &machine.registers;
+        for (name, found, wanted) in [
+            ("EIP", registers.eip, trial.entry.get(Register::EDX)),
+            ("ESP", registers.get(Register::ESP), trial.entry.get(Register::ECX)),
+        ] {
+            if found != wanted {
+                let detail = format!(
+                    "goes to user mode with {name} {found:08X}h, the caller gave {wanted:08X}h"
+                );
+                self.once(Rule::Ending, at, detail);
+            }
+        }
+        let by_frame = self
+            .code
+            .at(machine.trace.last)
+            .is_some_and(|i| i.mnemonic() == iced_x86::Mnemonic::Iretd);
+        if registers.eflags & flags::INTERRUPT == 0 {
+            self.once(Rule::Flags, at, "goes to user mode with interrupts disabled");
+        } else if !machine.trace.shadowed && !by_frame {
+            let detail = "enables interrupts too early: only in the shadow of STI, one instruction \
+                          before, does no interrupt come between";
+            self.once(Rule::Flags, at, detail);
+        }
+        let quiet = flags::DIRECTION | flags::TRAP | flags::NESTED | flags::IOPL;
+        let changed = (trial.entry.eflags ^ registers.eflags) & quiet;
+        if changed != 0 && !by_frame {
+            let detail = format!("changes flags that it must keep (EFLAGS bits {changed:08X}h)");
+            self.once(Rule::Flags, machine.trace.flags_writer, detail);
+        }
+        self.judge_registers_of(trial, Registers::ESP);
+        true
+    }
+
+    fn judge_end(&mut self, trial: &Trial<'_>, stop: Stop) -> bool {
+        let machine = &trial.machine;
+        let at = Some(machine.trace.last);
+        let off = self.call.number == Some(number::Shutdown);
+        match stop {
+            Stop::Left => {
+                let detail = if machine.registers.eip == trial::RETURN_ADDRESS {
+                    "returns to its caller, which expects to be gone".to_owned()
+                } else {
+                    format!("leaves the image for linear {:08X}h", machine.registers.eip)
+                };
+                self.violation(Rule::Ending, at, detail);
+            }
+            Stop::Budget if off && machine.registers.eflags & flags::INTERRUPT != 0 => {
+                self.violation(
+                    Rule::Flags,
+                    at,
+                    "waits with interrupts enabled: this processor is not off",
+                );
+            }
+            Stop::Reset if off => {
+                self.violation(Rule::Ending, at, "resets the machine instead of waiting");
+            }
+            _ => {}
+        }
+        true
+    }
+
+    /// Whether the code does the same at another base.
+    fn same(&mut self, high: &Trial<'_>, stop: Stop, low: &Trial<'_>, low_stop: Stop) -> bool {
+        let (a, b) = (&high.machine, &low.machine);
+        let places = |trial: &Trial<'_>| -> Vec<usize> {
+            trial.machine.trace.breaches.iter().map(|(offset, _)| *offset).collect()
+        };
+        let difference = if stop != low_stop {
+            Some(format!("{} at one base and {} at the other", told(stop), told(low_stop)))
+        } else if places(high) != places(low) {
+            Some("reaches memory that it may touch at one base only".to_owned())
+        } else if stop == Stop::Left && a.registers.eip != b.registers.eip {
+            Some("goes on at different places".to_owned())
+        } else if a.trace.offsets != b.trace.offsets {
+            Some("takes different ways".to_owned())
+        } else if a.memory.regions[1..]
+            .iter()
+            .map(|r| &r.bytes)
+            .ne(b.memory.regions[1..].iter().map(|r| &r.bytes))
+        {
+            Some("stores different values".to_owned())
+        } else if stop == Stop::Left {
+            let names: Vec<&str> = GENERAL
+                .iter()
+                .enumerate()
+                .filter(|(place, (_, register))| {
+                    self.call.contract.results.contains(*register)
+                        && a.registers.general()[*place] != b.registers.general()[*place]
+                })
+                .map(|(_, (name, _))| *name)
+                .collect();
+            (!names.is_empty()).then(|| format!("returns different values in {}", names.join(", ")))
+        } else {
+            None
+        };
+        let Some(difference) = difference else { return true };
+        self.report.breaches(self.code, &self.subject, &b.trace.breaches);
+        let detail =
+            format!("with the image at linear {HIGH_BASE:08X}h and {LOW_BASE:08X}h: {difference}");
+        let last = b.trace.breaches.first().map_or(b.trace.last, |(offset, _)| *offset);
+        self.once(Rule::Base, Some(last), detail);
+        false
+    }
+}
+
+/// How an execution ended, in words.
+fn told(stop: Stop) -> String {
+    match stop {
+        Stop::Left => "leaves the image".to_owned(),
+        Stop::Halted => "halts with interrupts disabled".to_owned(),
+        Stop::Reset => "shuts the processor down".to_owned(),
+        Stop::Interrupt(vector) => format!("raises exception {vector}"),
+        Stop::Budget => "runs for ever".to_owned(),
+        Stop::Fuel | Stop::Undecided => "cannot be decided".to_owned(),
+    }
+}

@@ -1,0 +1,316 @@
+//! The facts about a ROM, gathered for a reader: what `inspect` prints.
+
+use super::answers::{FUEL, Table, table};
+use super::machine::{Code, Stop, is_system, registers::GENERAL, written};
+use super::reach::{Reach, reach};
+use super::rom::{ReadError, Rom};
+use super::rules::structure_text;
+use super::trial;
+use iced_x86::Mnemonic;
+use serde::Serialize;
+use std::collections::BTreeSet;
+use vmi_abi::{CALLS_3_0, Call, Ending};
+
+/// The version of the JSON form; it rises when a field changes its meaning or goes.
+pub const SCHEMA_VERSION: u32 = 1;
+
+/// States from which each call is executed to see what it does.
+const LOOKS: u64 = 8;
+
+/// Instructions of one such execution.
+const LOOK_BUDGET: u64 = 20_000;
+
+/// Everything about a ROM.
+#[derive(Clone, Debug, Serialize)]
+pub struct Survey {
+    /// [`SCHEMA_VERSION`].
+    pub version: u32,
+    /// The header.
+    pub header: Header,
+    /// The `PCIR` structure, if there is one.
+    pub pci: Option<Pci>,
+    /// The `$PnP` structure, if there is one.
+    pub pnp: Option<Pnp>,
+    /// Linear address at which the ROM was executed.
+    pub base: u32,
+    /// EAX as `vmi_init` returned it; `None` if it did not return.
+    pub vmi_init_result: Option<u32>,
+    /// Most instructions of a `get_reloc`.
+    pub get_reloc_instructions: u64,
+    /// The calls by number.
+    pub calls: Vec<CallFacts>,
+}
+
+/// The header's fields and what follows from them.
+#[derive(Clone, Debug, Serialize)]
+pub struct Header {
+    /// Major revision of the interface.
+    pub revision_major: u8,
+    /// Minor revision of the interface.
+    pub revision_minor: u8,
+    /// Bytes of the file.
+    pub file_bytes: usize,
+    /// Bytes that the length byte claims.
+    pub image_bytes: usize,
+    /// Bytes without the padding at the end.
+    pub used_bytes: usize,
+    /// Bytes of padding.
+    pub free_bytes: usize,
+    /// Sum of all bytes modulo 256; 0 is right.
+    pub byte_sum: u8,
+    /// Bytes that the guest reserves at the top of its linear space.
+    pub reserved_top_bytes: u32,
+    /// The field itself.
+    pub virtual_top: u32,
+    /// The licence.
+    pub license: Option<String>,
+    /// Slots in the table of revision 13.x.
+    pub jump_slots: u8,
+}
+
+/// The `PCIR` structure.
+#[derive(Clone, Debug, Serialize)]
+pub struct Pci {
+    /// Its offset.
+    pub offset: u16,
+    /// Vendor of the device.
+    pub vendor: u16,
+    /// Device of that vendor.
+    pub device: u16,
+    /// Base class, subclass, interface.
+    pub class: [u8; 3],
+    /// Bytes of the image.
+    pub image_bytes: usize,
+    /// What Linux prints as the ROM's version: major, minor.
+    pub version: [u8; 2],
+    /// 0 for a PC's BIOS.
+    pub code_type: u8,
+    /// Whether no further image follows.
+    pub last_image: bool,
+}
+
+/// The `$PnP` structure.
+#[derive(Clone, Debug, Serialize)]
+pub struct Pnp {
+    /// Its offset.
+    pub offset: u16,
+    /// Sum of its bytes modulo 256; 0 is right, `None` if it does not fit into the image.
+    pub byte_sum: Option<u8>,
+    /// The manufacturer's name.
+    pub manufacturer: Option<String>,
+    /// The product's name.
+    pub product: Option<String>,
+}
+
+/// A call.
+#[derive(Clone, Debug, Serialize)]
+pub struct CallFacts {
+    /// Its number.
+    pub number: u32,
+    /// Its name.
+    pub name: &'static str,
+    /// What it does.
+    pub summary: &'static str,
+    /// What `get_reloc` answered; `None` if nothing.
+    pub answer: Option<String>,
+    /// The type's number.
+    pub answer_type: Option<u8>,
+    /// Where its code is.
+    pub offset: Option<usize>,
+    /// What its code does.
+    pub code: Option<CodeFacts>,
+}
+
+/// A call's code.
+#[derive(Clone, Debug, Serialize)]
+pub struct CodeFacts {
+    /// Bytes of the instructions that can be reached.
+    pub bytes: usize,
+    /// Instructions that can be reached.
+    pub instructions: usize,
+    /// Most instructions of one execution.
+    pub executed: u64,
+    /// Whether an execution was cut short, so that `executed` and `stack_bytes` are lower bounds.
+    pub cut_short: bool,
+    /// Instructions that reach beyond the program.
+    pub system: Vec<String>,
+    /// Registers that some instruction writes, ESP left out.
+    pub written: Vec<&'static str>,
+    /// Most bytes of stack used below ESP on entry.
+    pub stack_bytes: u32,
+    /// Offset, bytes and text of each instruction.
+    pub listing: Vec<Line>,
+}
+
+/// A line of disassembly.
+#[derive(Clone, Debug, Serialize)]
+pub struct Line {
+    /// Offset in the image.
+    pub offset: usize,
+    /// The bytes in hexadecimal.
+    pub bytes: String,
+    /// The instruction.
+    pub text: String,
+    /// Whether an execution came here.
+    pub executed: bool,
+}
+
+/// Gathers the facts, with the ROM at a linear base.
+///
+/// # Errors
+///
+/// The ROM is not one of revision 3.0.
+pub fn survey(rom: &Rom, base: u32) -> Result<Survey, ReadError> {
+    rom.require_3_0()?;
+    let code = Code::new(rom.image(), FUEL);
+    let table = table(&code, base);
+    let calls = CALLS_3_0.iter().map(|call| call_facts(&code, &table, call)).collect();
+    Ok(Survey {
+        version: SCHEMA_VERSION,
+        header: header(rom),
+        pci: pci(rom),
+        pnp: pnp(rom),
+        base,
+        vmi_init_result: table.init,
+        get_reloc_instructions: table.most_instructions(),
+        calls,
+    })
+}
+
+fn header(rom: &Rom) -> Header {
+    let header = rom.header();
+    Header {
+        revision_major: header.api_version_maj,
+        revision_minor: header.api_version_min,
+        file_bytes: rom.file().len(),
+        image_bytes: rom.claimed_length(),
+        used_bytes: rom.used(),
+        free_bytes: rom.image().len() - rom.used(),
+        byte_sum: rom.sum(),
+        reserved_top_bytes: header.virtual_top.get().wrapping_neg(),
+        virtual_top: header.virtual_top.get(),
+        license: rom.license().map(structure_text),
+        jump_slots: header.jump_slots,
+    }
+}
+
+fn pci(rom: &Rom) -> Option<Pci> {
+    let pci = rom.pci()?;
+    let [interface, subclass, base] = pci.class_code;
+    Some(Pci {
+        offset: rom.header().pci_header_offs.get(),
+        vendor: pci.vendor.get(),
+        device: pci.device.get(),
+        class: [base, subclass, interface],
+        image_bytes: usize::from(pci.image_length.get()) * vmi_abi::header::LENGTH_UNIT,
+        version: [pci.version_major, pci.version_minor],
+        code_type: pci.code_type,
+        last_image: pci.indicator & vmi_abi::header::PCI_LAST_IMAGE != 0,
+    })
+}
+
+fn pnp(rom: &Rom) -> Option<Pnp> {
+    let pnp = rom.pnp()?;
+    let text = |offset: u16| rom.string(offset).map(structure_text);
+    Some(Pnp {
+        offset: rom.header().pnp_header_offs.get(),
+        byte_sum: rom.pnp_bytes().map(vmi_abi::header::checksum),
+        manufacturer: text(pnp.manufacturer.get()),
+        product: text(pnp.product.get()),
+    })
+}
+
+fn call_facts(code: &Code<'_>, table: &Table, call: &Call) -> CallFacts {
+    let answer = call.number.and_then(|number| table.answer_of(number));
+    let kind = answer.map(|answer| answer.kind);
+    let offset = answer.and_then(|answer| answer.offset);
+    CallFacts {
+        number: call.number.map_or(0, |number| number.0),
+        name: call.name,
+        summary: call.summary,
+        answer: kind.map(super::rules::kind_name),
+        answer_type: kind.map(|kind| kind.0),
+        offset,
+        code: offset.map(|offset| {
+            let kind = kind.unwrap_or(vmi_abi::RelocationType::CALL_REL);
+            code_facts(code, table.base, call, kind, offset)
+        }),
+    }
+}
+
+fn code_facts(
+    code: &Code<'_>,
+    base: u32,
+    call: &Call,
+    kind: vmi_abi::RelocationType,
+    offset: usize,
+) -> CodeFacts {
+    let mut executed = BTreeSet::new();
+    let (mut most, mut depth, mut cut_short) = (0, 0, false);
+    for seed in 0..LOOKS {
+        let mut trial = trial::call(code, base, offset, call, kind, seed);
+        let stop = trial.machine.run(LOOK_BUDGET);
+        executed.extend(trial.machine.trace.offsets.iter().copied());
+        most = most.max(trial.machine.trace.instructions);
+        depth = depth.max(trial.machine.stack_depth());
+        if matches!(stop, Stop::Budget | Stop::Fuel) {
+            cut_short = true;
+            break;
+        }
+        if call.contract.ending == Ending::Stops && seed > 2 {
+            break;
+        }
+    }
+    let reached = reach(code, offset, &executed, cut_short);
+    CodeFacts {
+        bytes: reached.bytes(),
+        instructions: reached.instructions.len(),
+        executed: most,
+        cut_short,
+        system: system(&reached),
+        written: registers(&reached),
+        stack_bytes: depth,
+        listing: listing(code, &reached, &executed),
+    }
+}
+
+fn system(reached: &Reach) -> Vec<String> {
+    let mut names: Vec<String> = Vec::new();
+    for instruction in reached.instructions.values().filter(|i| is_system(i)) {
+        let mut name = format!("{:?}", instruction.mnemonic()).to_ascii_lowercase();
+        if instruction.mnemonic() == Mnemonic::Mov {
+            let text = super::rules::disassemble(instruction);
+            name = text.replacen("mov ", "mov ", 1);
+        }
+        if !names.contains(&name) {
+            names.push(name);
+        }
+    }
+    names
+}
+
+fn registers(reached: &Reach) -> Vec<&'static str> {
+    let places = reached.instructions.values().fold(0, |all, i| all | written(i));
+    let changes_flags = reached.instructions.values().any(|i| i.rflags_modified() != 0);
+    let mut names: Vec<&'static str> = (GENERAL.iter().enumerate())
+        .filter(|(place, (name, _))| places & (1 << place) != 0 && *name != "ESP")
+        .map(|(_, (name, _))| *name)
+        .collect();
+    if changes_flags {
+        names.push("flags");
+    }
+    names
+}
+
+fn listing(code: &Code<'_>, reached: &Reach, executed: &BTreeSet<usize>) -> Vec<Line> {
+    let line = |(offset, instruction): (&usize, &iced_x86::Instruction)| {
+        let bytes = code.image().get(*offset..offset + instruction.len()).unwrap_or_default();
+        Line {
+            offset: *offset,
+            bytes: bytes.iter().map(|byte| format!("{byte:02X}")).collect::<Vec<_>>().join(" "),
+            text: super::rules::disassemble(instruction),
+            executed: executed.contains(offset),
+        }
+    };
+    reached.instructions.iter().map(line).collect()
+}
