@@ -9,14 +9,18 @@
 //! - [`qemu`]: one run of a machine,
 //! - [`tap`]: what the test guest reports,
 //! - [`conformance`]: one ROM under the test guest,
+//! - [`inspect`]: what is in an image, and whether it keeps the contract,
+//! - [`reference`]: the page of calls in `docs/`,
 //! - [`table`], [`progress`]: how results are shown.
 
 pub mod artifacts;
 pub mod build;
 pub mod conformance;
 pub mod image;
+pub mod inspect;
 pub mod progress;
 pub mod qemu;
+pub mod reference;
 pub mod setup;
 pub mod table;
 pub mod tap;
@@ -35,7 +39,8 @@ pub fn workspace() -> PathBuf {
         .map(PathBuf::from)
         .unwrap_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")));
     let top = |start: &Path| {
-        start.ancestors().find(|folder| folder.join("linker.ld").is_file() && folder.join("rom").is_dir()).map(Path::to_owned)
+        let is_top = |folder: &&Path| folder.join("linker.ld").is_file() && folder.join("rom").is_dir();
+        start.ancestors().find(is_top).map(Path::to_owned)
     };
     top(&package).or_else(|| top(Path::new(env!("CARGO_MANIFEST_DIR")))).unwrap_or(package)
 }
