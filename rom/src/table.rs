@@ -27,53 +27,51 @@ const fn kind(number: CallNumber) -> u8 {
     answer(&CALLS_3_0[number.0 as usize], BIND).0.0
 }
 
-// In: EAX = call number. Out: EAX = linear address, EDX = type; both 0 for a call that is answered
-// NONE, and for a number beyond the table. Changes ECX, flags.
-global_asm!(
-    ".pushsection .rom.table, \"ax\", @progbits",
-    "get_reloc:",
-    "call 1f",
-    "1: popl %ecx",
-    "cmpl ${count}, %eax",
-    "jae 2f",
-    "leal (rows - 1b)(%ecx, %eax, {row}), %ecx",
-    "movl 4(%ecx), %edx",
-    "testl %edx, %edx",
-    "jz 2f",
-    "movl (%ecx), %eax",
-    "addl %ecx, %eax",
-    "retl",
-    "2: xorl %eax, %eax",
-    "xorl %edx, %edx",
-    "retl",
-    ".balign {row}",
-    "rows:",
-    ".popsection",
-    count = const CALLS_3_0.len(),
-    row = const size_of::<RelocationInfo>(),
-    options(att_syntax),
-);
-
-/// Adds a row for each call, laid out as a [`RelocationInfo`] with a distance for the address.
-macro_rules! emit_rows {
+/// Emits `get_reloc`, and behind it a row for each call, laid out as a [`RelocationInfo`] with a
+/// distance for the address. All in one piece: separate ones come in an order of the compiler's.
+macro_rules! emit_table {
     (
         revision_3_0 { $( #[doc = $summary:literal] $name:ident = $number:literal => $contract:expr )* }
         only_13 { $($old:tt)* }
-    ) => { $(
+    ) => {
         global_asm!(
             ".pushsection .rom.table, \"ax\", @progbits",
-            // Where the answer is NONE nobody may land: no distance, and no code kept for it.
-            ".if {kind}",
-            ".long {code} - .",
-            ".else",
-            ".long 0",
-            ".endif",
-            ".long {kind}",
+            // In: EAX = call number. Out: EAX = linear address, EDX = type; both 0 for a call that
+            // is answered NONE, and for a number beyond the table. Changes ECX, flags.
+            "get_reloc:",
+            "call 1f",
+            "1: popl %ecx",
+            "cmpl ${count}, %eax",
+            "jae 2f",
+            "leal (rows - 1b)(%ecx, %eax, {row}), %ecx",
+            "movl 4(%ecx), %edx",
+            "testl %edx, %edx",
+            "jz 2f",
+            "movl (%ecx), %eax",
+            "addl %ecx, %eax",
+            "retl",
+            "2: xorl %eax, %eax",
+            "xorl %edx, %edx",
+            "retl",
+            ".balign {row}",
+            "rows:",
+            concat!($(
+                // Where the answer is NONE nobody may land: no distance, and no code kept for it.
+                ".if {", stringify!($number), "}\n",
+                ".long {", stringify!($name), "} - .\n",
+                ".else\n",
+                ".long 0\n",
+                ".endif\n",
+                ".long {", stringify!($number), "}\n",
+            )*),
             ".popsection",
-            kind = const kind(number::$name),
-            code = sym code::$name,
+            $( const kind(number::$name), )*
+            $( $name = sym code::$name, )*
+            count = const CALLS_3_0.len(),
+            row = const size_of::<RelocationInfo>(),
+            options(att_syntax),
         );
-    )* };
+    };
 }
 
-for_each_call!(emit_rows);
+for_each_call!(emit_table);

@@ -1,1 +1,47 @@
-fn main(){}
+//! A small 32-bit kernel that holds a VMI ROM against the interface's contracts.
+//!
+//! It finds the ROM as Linux does, binds its calls by pointer and by patched call sites, and checks
+//! each of them: what it does, and what it leaves alone. The results go to the first serial port as
+//! TAP; the verdict ends QEMU through its debug-exit device.
+//!
+//! - `boot`: from the boot loader's 32-bit start to [`main`] at C0100000h,
+//! - `processor`, `devices`, `console`: one wrapper for each privileged instruction; the machine,
+//! - `segments`, `traps`, `paging`: the tables of an ordinary kernel,
+//! - `harness`: enters a call with every register, flag and segment known, and looks at what is left,
+//! - `rom`: probing, `vmi_init`, `get_reloc`,
+//! - `session`, `report`: which call is under test, what was found,
+//! - `checks`: one function for each call, under the specification's name.
+
+#![cfg_attr(target_os = "none", no_std, no_main)]
+
+#[cfg(target_os = "none")]
+mod boot;
+#[cfg(target_os = "none")]
+mod checks;
+#[cfg(target_os = "none")]
+mod console;
+#[cfg(target_os = "none")]
+mod devices;
+#[cfg(target_os = "none")]
+mod harness;
+#[cfg(target_os = "none")]
+mod paging;
+#[cfg(target_os = "none")]
+mod processor;
+#[cfg(target_os = "none")]
+mod report;
+#[cfg(target_os = "none")]
+mod rom;
+#[cfg(target_os = "none")]
+mod segments;
+#[cfg(target_os = "none")]
+mod session;
+#[cfg(target_os = "none")]
+mod suite;
+#[cfg(target_os = "none")]
+mod traps;
+
+#[cfg(not(target_os = "none"))]
+fn main() {
+    println!("the guest is built by `cargo xtask build`");
+}

@@ -1,0 +1,51 @@
+//! The end of the machine, or of one processor.
+
+#![expect(non_snake_case, reason = "the specification's names")]
+
+use crate::session::{Arguments, INTERRUPT_FLAG, Session};
+use crate::{devices, paging, processor, traps};
+use vmi_abi::flags::RebootKind;
+
+/// The guest tests it last of all, from outside of the list: it does not survive it.
+pub(crate) fn Reboot(_s: &mut Session) {}
+
+/// Asks for a reset. Whoever comes back from here was not reset.
+pub(crate) fn reboot(s: &mut Session, kind: RebootKind) {
+    let (_, outcome) = s.enter(Arguments::NONE.eax(kind.0));
+    let exception = outcome.trap.map(|trap| trap.frame.vector);
+    s.expect(false, format_args!("kind {} did not reset the machine; exception: {exception:?}", kind.0));
+}
+
+/// Only what cannot be masked wakes a processor that is off: the timer's line, wired as an NMI.
+///
+/// The NMI must find the processor halted with interrupts disabled, an ordinary interrupt that is
+/// pending all the while must not be delivered.
+pub(crate) fn Shutdown(s: &mut Session) {
+    let Some(apic) = paging::LocalApic::map(s.space) else {
+        return; // Without a local APIC nothing would ever bring the guest back.
+    };
+    s.each(|s| {
+        if s.variant.traced {
+            return;
+        }
+        let before = traps::interrupts();
+        apic.wire_timer_as_nmi(true);
+        devices::start_timer(2000);
+        let (_, outcome) = s.enter(Arguments::NONE);
+        apic.wire_timer_as_nmi(false);
+        processor::accept_non_maskable_interrupts();
+        devices::discard_interrupts();
+        let Some(trap) = outcome.trap else {
+            s.expect(false, format_args!("it returned"));
+            return;
+        };
+        s.equal("the exception that ended the wait", trap.frame.vector, traps::NON_MASKABLE);
+        s.equal("IF while waiting", trap.frame.eflags & INTERRUPT_FLAG, 0);
+        let target = s.target();
+        s.expect(
+            (target..target + 256).contains(&trap.frame.eip),
+            format_args!("it waits at {:#x}, not in the call's code", trap.frame.eip),
+        );
+        s.equal("interrupts delivered", traps::interrupts() - before, 0);
+    });
+}

@@ -1,0 +1,151 @@
+//! The ways out of the kernel: IRET and SYSEXIT.
+//!
+//! Everything already belongs to the interrupted context. The contexts entered here come back at
+//! once by an exception, which shows all their registers.
+
+#![expect(non_snake_case, reason = "the specification's names")]
+
+use super::interrupt::has_sysenter;
+use super::{COME_BACK, place_code, place_user_code};
+use crate::boot::PAGE_OFFSET;
+use crate::harness::{Context, DataSegments, Outcome, return_point};
+use crate::paging::{USER_CODE, USER_STACK_TOP, VIRTUAL_8086};
+use crate::segments::{KERNEL_CODE, USER_CODE as USER_CODE_SELECTOR, USER_DATA};
+use crate::session::{Arguments, FIXED_FLAG, INTERRUPT_FLAG, Session};
+use crate::{devices, processor, traps};
+use x86::bits32::eflags::EFlags;
+use x86::msr::IA32_SYSENTER_CS;
+
+/// EFLAGS for the entered context: recognisable, and without interrupts or with.
+const FLAGS: [u32; 2] = [
+    FIXED_FLAG | EFlags::FLAGS_CF.bits() | EFlags::FLAGS_SF.bits(),
+    FIXED_FLAG | EFlags::FLAGS_ZF.bits() | EFlags::FLAGS_OF.bits() | EFlags::FLAGS_DF.bits() | INTERRUPT_FLAG,
+];
+
+/// What an exception reports beyond the flags that were loaded.
+const RESUME: u32 = EFlags::FLAGS_RF.bits();
+
+pub(crate) fn IRET(s: &mut Session) {
+    place_user_code(&COME_BACK);
+    s.each(|s| {
+        // With NT the instruction would switch tasks: no kernel comes here with it.
+        s.variant.eflags &= !EFlags::FLAGS_NT.bits();
+        for eflags in FLAGS {
+            to_the_same_ring(s, eflags);
+            to_ring_3(s, eflags | INTERRUPT_FLAG);
+            to_virtual_8086_mode(s, eflags);
+        }
+        to_a_bad_frame(s);
+    });
+}
+
+fn to_the_same_ring(s: &mut Session, eflags: u32) {
+    let frame = [return_point as *const () as u32, u32::from(KERNEL_CODE), eflags];
+    let (before, outcome) = s.enter(Arguments::NONE.stack(&frame));
+    if !s.no_exception(&outcome) {
+        return;
+    }
+    keeps_all(s, &before, &outcome);
+    s.equal("ESP behind the frame", outcome.after.esp, before.esp + 12);
+    s.equal("EFLAGS", outcome.after.eflags, eflags);
+    s.keeps_segments(before.segments, outcome.after.segments);
+}
+
+fn to_ring_3(s: &mut Session, eflags: u32) {
+    let frame = [USER_CODE, u32::from(USER_CODE_SELECTOR), eflags, USER_STACK_TOP, u32::from(USER_DATA)];
+    let (before, outcome) = s.enter(Arguments::NONE.stack(&frame));
+    arrived_in_ring_3(s, &before, &outcome, eflags);
+}
+
+/// Checks the context that came back from ring 3.
+fn arrived_in_ring_3(s: &mut Session, before: &Context, outcome: &Outcome, eflags: u32) {
+    let Some(trap) = outcome.trap.filter(|trap| trap.frame.vector == traps::SYSTEM_CALL) else {
+        s.no_exception(outcome);
+        s.expect(outcome.trap.is_some(), format_args!("ring 3 was never entered"));
+        return;
+    };
+    keeps_all(s, before, outcome);
+    s.equal("EIP in ring 3", trap.frame.eip, USER_CODE + COME_BACK.len() as u32);
+    s.equal("CS in ring 3", trap.frame.cs & 0xffff, u32::from(USER_CODE_SELECTOR));
+    s.equal("SS in ring 3", trap.frame.ss & 0xffff, u32::from(USER_DATA));
+    s.equal("ESP in ring 3", trap.frame.esp, USER_STACK_TOP);
+    s.equal("EFLAGS in ring 3", trap.frame.eflags & !RESUME, eflags);
+    s.keeps_segments(before.segments, outcome.after.segments);
+}
+
+fn to_virtual_8086_mode(s: &mut Session, eflags: u32) {
+    // Without the privilege for it, INT raises a general protection fault here.
+    place_code((PAGE_OFFSET + VIRTUAL_8086) as *mut u8, &COME_BACK);
+    let eflags = eflags | EFlags::FLAGS_VM.bits();
+    let segments = DataSegments { es: 0x1111, ds: 0x2222, fs: 0x3333, gs: 0x4444 };
+    let frame = [
+        0,
+        VIRTUAL_8086 >> 4,
+        eflags,
+        0x0ff0,
+        VIRTUAL_8086 >> 4,
+        segments.es,
+        segments.ds,
+        segments.fs,
+        segments.gs,
+    ];
+    let (before, outcome) = s.enter(Arguments::NONE.stack(&frame));
+    let Some(trap) = outcome.trap.filter(|trap| trap.frame.is_virtual_8086()) else {
+        s.no_exception(&outcome);
+        s.expect(false, format_args!("virtual-8086 mode was never entered"));
+        return;
+    };
+    keeps_all(s, &before, &outcome);
+    s.equal("exception in virtual-8086 mode", trap.frame.vector, traps::GENERAL_PROTECTION);
+    s.equal("IP in virtual-8086 mode", trap.frame.eip, 0);
+    s.equal("CS in virtual-8086 mode", trap.frame.cs & 0xffff, VIRTUAL_8086 >> 4);
+    s.equal("SP in virtual-8086 mode", trap.frame.esp, 0x0ff0);
+    s.equal("EFLAGS in virtual-8086 mode", trap.frame.eflags & !RESUME, eflags);
+    s.keeps_segments(segments, outcome.after.segments);
+}
+
+/// A frame that a process can make up: the exception names the selector, and nothing else is lost.
+fn to_a_bad_frame(s: &mut Session) {
+    const NO_SELECTOR: u32 = 0x0ffb;
+    let frame = [USER_CODE, NO_SELECTOR, FIXED_FLAG, USER_STACK_TOP, u32::from(USER_DATA)];
+    let (before, outcome) = s.enter(Arguments::NONE.stack(&frame));
+    let fault = outcome.trap.map(|trap| (trap.frame.vector, trap.frame.error));
+    let wanted = (traps::GENERAL_PROTECTION, NO_SELECTOR & !3);
+    s.expect(fault == Some(wanted), format_args!("a bad CS raised {fault:x?}, must raise {wanted:x?}"));
+    keeps_all(s, &before, &outcome);
+    s.equal("ESP at the fault, where the frame is", outcome.after.esp, before.esp);
+}
+
+/// A transfer changes no register.
+fn keeps_all(s: &mut Session, before: &Context, outcome: &Outcome) {
+    s.keeps_registers(&before.registers, &outcome.after.registers);
+    let limit = vmi_abi::STACK_LIMIT;
+    let used = outcome.stack_used;
+    s.expect(used <= limit || s.variant.traced, format_args!("{used} bytes of stack used, {limit} are allowed"));
+}
+
+pub(crate) fn SYSEXIT(s: &mut Session) {
+    if !has_sysenter() {
+        return;
+    }
+    place_user_code(&COME_BACK);
+    processor::wrmsr(IA32_SYSENTER_CS, u64::from(KERNEL_CODE));
+    s.each(|s| {
+        let arguments = Arguments::NONE.edx(USER_CODE).ecx(USER_STACK_TOP);
+        let (before, outcome) = s.enter(arguments);
+        let eflags = s.variant.eflags | INTERRUPT_FLAG;
+        let tracing = if s.variant.traced { EFlags::FLAGS_TF.bits() } else { 0 };
+        arrived_in_ring_3(s, &before, &outcome, eflags & !tracing);
+        if s.variant.eflags & INTERRUPT_FLAG == 0 && !s.variant.traced {
+            // One that is pending waits for the shadow of STI to end, which is in ring 3.
+            let pending = devices::make_timer_pending();
+            let interrupts = traps::interrupts();
+            devices::enable_timer_line(true);
+            s.enter(arguments);
+            devices::discard_interrupts();
+            s.expect(pending, format_args!("the machine's timer raises no interrupt: nothing can be tested"));
+            s.equal("interrupts delivered of one that was pending", traps::interrupts() - interrupts, 1);
+            s.equal("EIP at the interrupt", traps::last_interrupted(), USER_CODE);
+        }
+    });
+}

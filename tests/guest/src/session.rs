@@ -1,0 +1,435 @@
+//! One call under test: how it is bound, entered and held against its contract.
+
+#![expect(unsafe_code, reason = "UNSAFETY: writes call sites")]
+
+use crate::harness::{self, Context, DataSegments, Entry, FLAT, NOT_OURS, Outcome, Registers, return_point};
+use crate::paging::{SITE_FRAME, Space};
+use crate::report::Problems;
+use crate::rom::Rom;
+use core::fmt;
+use core::ops::Range;
+use vmi_abi::{Call, Ending, RelocationType, STACK_LIMIT, Segments};
+use x86::bits32::eflags::EFlags;
+
+/// Results of arithmetic.
+const ARITHMETIC: u32 = EFlags::FLAGS_CF.bits()
+    | EFlags::FLAGS_PF.bits()
+    | EFlags::FLAGS_AF.bits()
+    | EFlags::FLAGS_ZF.bits()
+    | EFlags::FLAGS_SF.bits()
+    | EFlags::FLAGS_OF.bits();
+
+/// Flags that mean something to the kernel, or to the program it interrupted.
+const CONTROL: u32 = EFlags::FLAGS_TF.bits()
+    | INTERRUPT_FLAG
+    | EFlags::FLAGS_DF.bits()
+    | EFlags::FLAGS_IOPL3.bits()
+    | EFlags::FLAGS_NT.bits()
+    | EFlags::FLAGS_VM.bits()
+    | EFlags::FLAGS_AC.bits()
+    | EFlags::FLAGS_ID.bits();
+
+/// IF.
+pub(crate) const INTERRUPT_FLAG: u32 = EFlags::FLAGS_IF.bits();
+
+/// The bit of EFLAGS that is always set.
+pub(crate) const FIXED_FLAG: u32 = EFlags::FLAGS_A1.bits();
+
+/// How the call site reaches the ROM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Form {
+    /// `call *pointer`.
+    Pointer,
+    /// `call` or `jmp` to the code itself, written over the site; five bytes of NOP for NOP.
+    Patched,
+}
+
+/// One way to enter a call.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Variant {
+    pub(crate) form: Form,
+    /// EFLAGS on entry.
+    pub(crate) eflags: u32,
+    /// Whether each instruction is observed.
+    pub(crate) traced: bool,
+}
+
+/// The ways in which every call is entered. No interrupt line is open meanwhile.
+const VARIANTS: [Variant; 6] = {
+    const PLAIN: u32 = FIXED_FLAG;
+    const BUSY: u32 = FIXED_FLAG
+        | ARITHMETIC
+        | INTERRUPT_FLAG
+        | EFlags::FLAGS_NT.bits()
+        | EFlags::FLAGS_AC.bits()
+        | EFlags::FLAGS_ID.bits();
+    [
+        Variant { form: Form::Pointer, eflags: PLAIN, traced: false },
+        Variant { form: Form::Pointer, eflags: BUSY, traced: false },
+        Variant { form: Form::Patched, eflags: PLAIN, traced: false },
+        Variant { form: Form::Patched, eflags: BUSY, traced: false },
+        Variant { form: Form::Patched, eflags: PLAIN | EFlags::FLAGS_TF.bits(), traced: true },
+        Variant { form: Form::Pointer, eflags: BUSY | EFlags::FLAGS_TF.bits(), traced: true },
+    ]
+};
+
+/// What a caller passes. A register that it does not name holds anything.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Arguments {
+    pub(crate) eax: Option<u32>,
+    pub(crate) ecx: Option<u32>,
+    pub(crate) edx: Option<u32>,
+    pub(crate) esi: Option<u32>,
+    pub(crate) edi: Option<u32>,
+    pub(crate) stack: [u32; 9],
+    pub(crate) stack_words: usize,
+}
+
+impl Arguments {
+    pub(crate) const NONE: Self =
+        Self { eax: None, ecx: None, edx: None, esi: None, edi: None, stack: [0; 9], stack_words: 0 };
+
+    pub(crate) const fn eax(self, value: u32) -> Self {
+        Self { eax: Some(value), ..self }
+    }
+
+    pub(crate) const fn ecx(self, value: u32) -> Self {
+        Self { ecx: Some(value), ..self }
+    }
+
+    pub(crate) const fn edx(self, value: u32) -> Self {
+        Self { edx: Some(value), ..self }
+    }
+
+    pub(crate) const fn esi(self, value: u32) -> Self {
+        Self { esi: Some(value), ..self }
+    }
+
+    pub(crate) const fn edi(self, value: u32) -> Self {
+        Self { edi: Some(value), ..self }
+    }
+
+    /// Words on the stack, the first at 4(%esp) on entry.
+    pub(crate) fn stack(self, words: &[u32]) -> Self {
+        let mut stack = [0; 9];
+        stack[..words.len()].copy_from_slice(words);
+        Self { stack, stack_words: words.len(), ..self }
+    }
+}
+
+/// One call under test.
+pub(crate) struct Session {
+    pub(crate) space: Space,
+    pub(crate) rom: Rom,
+    pub(crate) call: &'static Call,
+    /// The ROM's answer.
+    pub(crate) answer: RelocationType,
+    /// The code that is called: the ROM's, or the guest's own where the ROM leaves it to the guest.
+    /// `None` where the guest has none: nothing is called then.
+    target: Option<u32>,
+    pub(crate) variant: Variant,
+    /// Pages that appear when the call touches them.
+    pub(crate) demand: Option<(Range<u32>, fn(u32))>,
+    /// Called before each instruction of a traced call.
+    pub(crate) watch: Option<fn()>,
+    /// Rules broken so far.
+    pub(crate) problems: Problems,
+    /// Conditions checked so far.
+    pub(crate) checks: u32,
+    /// Most bytes of stack used below the return address.
+    pub(crate) stack: u32,
+    /// Most instructions executed in the ROM.
+    pub(crate) instructions: u32,
+    random: u32,
+}
+
+impl Session {
+    pub(crate) fn new(
+        space: Space,
+        rom: Rom,
+        call: &'static Call,
+        answer: RelocationType,
+        target: Option<u32>,
+    ) -> Self {
+        let number = call.number.map_or(0, |number| number.0);
+        Self {
+            space,
+            rom,
+            call,
+            answer,
+            target,
+            variant: VARIANTS[0],
+            demand: None,
+            watch: None,
+            problems: Problems::default(),
+            checks: 0,
+            stack: 0,
+            instructions: 0,
+            random: 0x9e37_79b9 ^ number.wrapping_mul(0x0100_0193),
+        }
+    }
+
+    /// Runs a test in each way in which the call can be entered.
+    pub(crate) fn each(&mut self, mut test: impl FnMut(&mut Self)) {
+        for variant in VARIANTS {
+            // A jump is patched in; the guest's own code is called through its pointer.
+            let possible = match self.answer {
+                RelocationType::JUMP_REL => Form::Patched,
+                RelocationType::NONE => Form::Pointer,
+                _ => variant.form,
+            };
+            if possible == variant.form {
+                self.variant = variant;
+                test(self);
+            }
+        }
+    }
+
+    /// A number to fill registers and memory with: the same in every run.
+    pub(crate) fn random(&mut self) -> u32 {
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 17;
+        self.random ^= self.random << 5;
+        self.random
+    }
+
+    /// Notes a condition; `rule` says what must hold.
+    pub(crate) fn expect(&mut self, holds: bool, rule: fmt::Arguments<'_>) {
+        self.checks += 1;
+        if !holds {
+            self.problems.add(rule);
+        }
+    }
+
+    /// Notes that two values must be equal.
+    pub(crate) fn equal(&mut self, what: &str, found: u32, wanted: u32) {
+        self.expect(found == wanted, format_args!("{what} is {found:#x}, must be {wanted:#x}"));
+    }
+
+    /// Calls, and holds what is left against the call's contract.
+    pub(crate) fn call(&mut self, arguments: Arguments) -> Outcome {
+        self.call_changing(arguments, 0)
+    }
+
+    /// The same for a call whose meaning is to change some of the control flags.
+    pub(crate) fn call_changing(&mut self, arguments: Arguments, changing: u32) -> Outcome {
+        let (before, outcome) = self.enter(arguments);
+        if self.no_exception(&outcome) {
+            self.keeps_contract(&before, &outcome, changing);
+        }
+        outcome
+    }
+
+    /// Calls without judging.
+    pub(crate) fn enter(&mut self, arguments: Arguments) -> (Context, Outcome) {
+        let registers = Registers {
+            eax: arguments.eax.unwrap_or_else(|| self.random()),
+            ecx: arguments.ecx.unwrap_or_else(|| self.random()),
+            edx: arguments.edx.unwrap_or_else(|| self.random()),
+            ebx: self.random(),
+            ebp: self.random(),
+            esi: arguments.esi.unwrap_or_else(|| self.random()),
+            edi: arguments.edi.unwrap_or_else(|| self.random()),
+        };
+        let stack = &arguments.stack[..arguments.stack_words];
+        let context = Context {
+            registers,
+            esp: harness::entry_esp(stack.len()),
+            eflags: self.variant.eflags,
+            segments: self.segments(),
+        };
+        let outcome = harness::run(&Entry {
+            context,
+            stack,
+            target: self.write_site(self.target.unwrap_or(0)),
+            by_call: self.is_called(),
+            code: self.rom.code(),
+            watch: self.watch,
+            demand: self.demand.clone(),
+        });
+        if !self.variant.traced && outcome.after.eflags & INTERRUPT_FLAG == 0 && outcome.trap.is_none() {
+            self.stack = self.stack.max(outcome.stack_used);
+        }
+        self.instructions = self.instructions.max(outcome.instructions);
+        (context, outcome)
+    }
+
+    /// The data segments that the call finds.
+    pub(crate) fn segments(&self) -> DataSegments {
+        match self.call.contract.segments {
+            Segments::Flat => FLAT,
+            Segments::StackOnly => NOT_OURS,
+        }
+    }
+
+    /// Whether a return address is pushed.
+    pub(crate) fn is_called(&self) -> bool {
+        self.answer != RelocationType::JUMP_REL
+    }
+
+    /// Notes an exception; `true` when there was none.
+    pub(crate) fn no_exception(&mut self, outcome: &Outcome) -> bool {
+        let Some(trap) = outcome.trap else {
+            self.checks += 1;
+            return true;
+        };
+        let (vector, eip, error) = (trap.frame.vector, trap.frame.eip, trap.frame.error);
+        let place = match eip.checked_sub(self.rom.base) {
+            Some(offset) if offset < self.rom.length => offset,
+            _ => eip,
+        };
+        self.expect(
+            false,
+            format_args!(
+                "exception {vector} (error {error:#x}, address {:#x}) at {place:#x} instead of a return",
+                trap.address
+            ),
+        );
+        false
+    }
+
+    /// Holds what a returning call left against its contract.
+    fn keeps_contract(&mut self, before: &Context, outcome: &Outcome, changing: u32) {
+        let after = &outcome.after;
+        self.equal("ESP after the return", after.esp, before.esp);
+        self.keeps_registers(&before.registers, &after.registers);
+        self.keeps_segments(before.segments, after.segments);
+        let may_change = self.call.contract.may_change();
+        let mut watched = CONTROL & !changing;
+        if !may_change.contains(vmi_abi::Registers::FLAGS) {
+            watched |= ARITHMETIC;
+        }
+        if self.variant.traced {
+            watched &= !EFlags::FLAGS_TF.bits();
+        }
+        let changed = (before.eflags ^ after.eflags) & watched;
+        self.expect(
+            changed == 0,
+            format_args!(
+                "EFLAGS {:#x} became {:#x}: bits {changed:#x} must be kept",
+                before.eflags, after.eflags
+            ),
+        );
+        self.expect(
+            outcome.stack_used <= STACK_LIMIT || self.variant.traced,
+            format_args!("{} bytes of stack used, {STACK_LIMIT} are allowed", outcome.stack_used),
+        );
+        self.expect(!outcome.caller_stack_changed, format_args!("the caller's stack above the arguments was changed"));
+    }
+
+    /// Checks that the contract's registers, and no others, were changed.
+    pub(crate) fn keeps_registers(&mut self, before: &Registers, after: &Registers) {
+        use vmi_abi::Registers as Set;
+        let may_change = self.call.contract.may_change();
+        for (name, register, before, after) in [
+            ("EAX", Set::EAX, before.eax, after.eax),
+            ("ECX", Set::ECX, before.ecx, after.ecx),
+            ("EDX", Set::EDX, before.edx, after.edx),
+            ("EBX", Set::EBX, before.ebx, after.ebx),
+            ("EBP", Set::EBP, before.ebp, after.ebp),
+            ("ESI", Set::ESI, before.esi, after.esi),
+            ("EDI", Set::EDI, before.edi, after.edi),
+        ] {
+            if !may_change.contains(register) {
+                self.expect(
+                    before == after,
+                    format_args!("{name} {before:#x} became {after:#x}: it must be kept"),
+                );
+            }
+        }
+    }
+
+    /// Checks DS, ES, FS and GS.
+    pub(crate) fn keeps_segments(&mut self, before: DataSegments, after: DataSegments) {
+        self.expect(
+            before == after,
+            format_args!("data segments {before:x?} became {after:x?}: they must be kept"),
+        );
+    }
+
+    /// Writes the call site of the current variant; answers its address.
+    pub(crate) fn write_site(&self, target: u32) -> u32 {
+        if self.variant.form == Form::Pointer {
+            point_site_at(target);
+            return pointer_site();
+        }
+        let site = site(PATCHED);
+        match self.answer {
+            RelocationType::NOP => write(site, &[0x0f, 0x1f, 0x44, 0x00, 0x00]),
+            RelocationType::JUMP_REL => write_branch(site, JUMP, target),
+            _ => write_branch(site, CALL, target),
+        }
+        write_branch(site + BRANCH_SIZE, JUMP, return_point as *const () as u32);
+        site
+    }
+
+    /// Whether the interface allows the ROM's answer for this call.
+    pub(crate) fn judge_answer(&mut self) {
+        let allowed = self.call.contract.answers;
+        let answer = self.answer;
+        self.expect(
+            answer.as_answers().is_some_and(|answer| allowed.contains(answer)),
+            format_args!("{answer:?} is not one of the answers that a guest can live with: {allowed:?}"),
+        );
+    }
+
+    /// Whether there is code to call, reached in a way that the guest knows.
+    pub(crate) fn is_testable(&self) -> bool {
+        let known = match self.answer {
+            // A jump to a call that returns has no way back.
+            RelocationType::JUMP_REL => self.call.contract.ending != Ending::Returns,
+            answer => answer.name().is_some(),
+        };
+        known && self.target.is_some()
+    }
+
+    /// Where the code under test lies.
+    pub(crate) fn target(&self) -> u32 {
+        self.target.unwrap_or(0)
+    }
+}
+
+/// Offsets in the page of call sites: the pointer, the site that calls through it, the patched one.
+const POINTER: usize = 0;
+const THROUGH_POINTER: usize = 64;
+const PATCHED: usize = 128;
+
+/// `call rel32` and `jmp rel32`.
+const CALL: u8 = 0xe8;
+const JUMP: u8 = 0xe9;
+
+/// Bytes of either.
+const BRANCH_SIZE: u32 = 5;
+
+fn site(offset: usize) -> u32 {
+    (&raw mut SITE_FRAME) as u32 + offset as u32
+}
+
+fn write(address: u32, bytes: &[u8]) {
+    for (index, byte) in bytes.iter().enumerate() {
+        let place = (address as *mut u8).wrapping_add(index);
+        // SAFETY: inside the page of call sites, which is writable and not being executed.
+        unsafe { place.write_volatile(*byte) };
+    }
+}
+
+fn write_branch(address: u32, opcode: u8, target: u32) {
+    write(address, &[opcode]);
+    write(address + 1, &target.wrapping_sub(address + BRANCH_SIZE).to_le_bytes());
+}
+
+/// The site that calls through the pointer and then jumps to the point of return.
+pub(crate) fn pointer_site() -> u32 {
+    site(THROUGH_POINTER)
+}
+
+/// Makes the pointer site call a function.
+///
+/// The call reads its pointer through SS: DS may be anybody's.
+pub(crate) fn point_site_at(target: u32) {
+    const CALL_THROUGH_SS: [u8; 3] = [0x36, 0xff, 0x15];
+    write(site(POINTER), &target.to_le_bytes());
+    write(pointer_site(), &CALL_THROUGH_SS);
+    write(pointer_site() + 3, &site(POINTER).to_le_bytes());
+    write_branch(pointer_site() + 7, JUMP, return_point as *const () as u32);
+}

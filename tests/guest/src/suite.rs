@@ -1,0 +1,269 @@
+//! The order of things: both paging modes, the ROM's three places, every call.
+//!
+//! Memory outlives a reset. A record in it tells a guest that starts again what went before: a
+//! reset that was asked for is Reboot's test, any other is the failure of the call that was under
+//! test.
+
+#![expect(unsafe_code, reason = "UNSAFETY: the record lies at a fixed place in memory")]
+
+use crate::boot::PAGE_OFFSET;
+use crate::console::line;
+use crate::paging::{self, Mode, Space};
+use crate::report::{self, Problems, Report};
+use crate::rom::Rom;
+use crate::session::Session;
+use crate::traps;
+use crate::{checks, console, devices, segments};
+use vmi_abi::flags::RebootKind;
+use vmi_abi::header::checksum;
+use vmi_abi::probe::license;
+use vmi_abi::{CALLS_3_0, Call, CallNumber, RelocationType, number};
+
+/// What is remembered across a reset.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Record {
+    magic: u32,
+    phase: u32,
+    points: u32,
+    failures: u32,
+    number: u32,
+    mode: u32,
+    place: u32,
+    check: u32,
+}
+
+const MAGIC: u32 = u32::from_le_bytes(*b"vmi?");
+
+/// Phases: calls under test; a soft and a hard reset asked for.
+const TESTING: u32 = 0;
+const SOFT_RESET: u32 = 1;
+const HARD_RESET: u32 = 2;
+
+/// The record's physical address: above the guest's image, below the end of a 16 MiB machine, and
+/// nothing that a BIOS touches.
+const RECORD: u32 = 0xff_f000;
+
+impl Record {
+    fn pointer() -> *mut Self {
+        (PAGE_OFFSET + RECORD) as *mut Self
+    }
+
+    /// The record that an earlier start left, taken away.
+    fn take() -> Option<Self> {
+        // SAFETY: mapped memory that nothing else uses.
+        let record = unsafe { Self::pointer().read_volatile() };
+        Self::clear();
+        (record.magic == MAGIC && record.check == record.sum()).then_some(record)
+    }
+
+    fn clear() {
+        // SAFETY: as above.
+        unsafe { Self::pointer().cast::<u32>().write_volatile(0) };
+    }
+
+    fn store(mut self) {
+        self.check = self.sum();
+        // SAFETY: as above.
+        unsafe { Self::pointer().write_volatile(self) };
+    }
+
+    fn sum(&self) -> u32 {
+        [self.phase, self.points, self.failures, self.number, self.mode, self.place]
+            .iter()
+            .fold(!MAGIC, |sum, word| sum.rotate_left(5) ^ word)
+    }
+}
+
+const MODES: [Mode; 2] = [Mode::NonPae, Mode::Pae];
+const PLACES: [&str; 3] = ["direct", "alias", "copy"];
+
+/// Runs the suite. The words of the command line are not used yet.
+pub(crate) fn main(_command_line: &str) -> ! {
+    console::initialize();
+    segments::initialize(trap_stack_top());
+    traps::initialize();
+    devices::discard_interrupts();
+    match Record::take() {
+        None => first_start(),
+        Some(record) => started_again(record),
+    }
+}
+
+fn first_start() -> ! {
+    line!("TAP version 14");
+    let mut report = Report::default();
+    let space = Space::new(Mode::NonPae);
+    space.activate();
+    let rom = Rom::find(|physical, refusal| line!("# passed over: {physical:#x}: {refusal}"));
+    let Some(rom) = rom else { report::abandon(format_args!("no VMI ROM of revision 3.0 between C0000h and DFFFFh")) };
+    let name = license(rom.bytes()).and_then(|text| core::str::from_utf8(text).ok()).unwrap_or("?");
+    line!("# rom base={:#x} length={} license=\"{name}\"", rom.physical, rom.length);
+    report.check(
+        format_args!("the image's bytes add up to 0"),
+        match checksum(rom.bytes()) {
+            0 => Ok(()),
+            _ => Err(format_args!("the sum of all bytes is not 0 modulo 256")),
+        },
+    );
+    let fingerprint = fingerprint(rom.bytes());
+    for (index, mode) in MODES.into_iter().enumerate() {
+        if mode == Mode::Pae && !paging::has_pae() {
+            line!("# the processor has no PAE");
+            continue;
+        }
+        let space = if mode == Mode::NonPae {
+            space
+        } else {
+            space.prepare_to_leave();
+            let space = Space::new(mode);
+            space.activate();
+            space
+        };
+        for rom in [rom, rom.through_alias(), rom.copied()] {
+            test_rom(&mut report, space, index, rom);
+        }
+    }
+    report.check(
+        format_args!("the image's bytes are what they were"),
+        if fingerprint == self::fingerprint(rom.bytes()) { Ok(()) } else { Err(format_args!("the image was changed")) },
+    );
+    test_reset(&report, rom, SOFT_RESET)
+}
+
+/// All calls of a ROM at one of its places.
+fn test_rom(report: &mut Report, space: Space, mode: usize, rom: Rom) {
+    let mut problems = Problems::default();
+    checks::entry_points(&rom, &mut problems);
+    report.point(format_args!("{} {}: vmi_init and get_reloc", space.mode.name(), rom.place), &problems);
+    for call in CALLS_3_0 {
+        let Some(number) = call.number else { continue };
+        if number == number::Reboot {
+            continue; // The last test of all.
+        }
+        let record = Record {
+            magic: MAGIC,
+            phase: TESTING,
+            points: report.points(),
+            failures: report.failures(),
+            number: number.0,
+            mode: mode as u32,
+            place: PLACES.iter().position(|place| *place == rom.place).unwrap_or(0) as u32,
+            check: 0,
+        };
+        record.store();
+        line!("# begin mode={} alias={} number={} name={}", space.mode.name(), rom.place, number.0, call.name);
+        let mut session = open(space, rom, call, number);
+        session.judge_answer();
+        if session.is_testable() {
+            checks::check(&mut session, number);
+        }
+        conclude(report, &session);
+        Record::clear();
+    }
+}
+
+/// Binds a call: to the ROM's code, or to the guest's own where the ROM leaves it to the guest.
+fn open(space: Space, rom: Rom, call: &'static Call, number: CallNumber) -> Session {
+    let (answer, _) = rom.ask(number, 0);
+    let target = match answer.kind {
+        RelocationType::CALL_REL | RelocationType::JUMP_REL => Some(answer.eip.get()),
+        RelocationType::NOP => Some(checks::do_nothing as *const () as u32),
+        _ => checks::own_code(number),
+    };
+    Session::new(space, rom, call, answer.kind, target)
+}
+
+/// Writes what was found of a call.
+fn conclude(report: &mut Report, session: &Session) {
+    let Session { call, space, rom, .. } = session;
+    let number = call.number.map_or(0, |number| number.0);
+    let mode = space.mode.name();
+    report.point(format_args!("{mode} {}: {number} {}", rom.place, call.name), &session.problems);
+    line!(
+        "# call mode={mode} alias={} number={number} name={} answer={} verdict={} stack={} instructions={} checks={}",
+        rom.place,
+        call.name,
+        session.answer.name().unwrap_or("unknown"),
+        if session.problems.is_empty() { "ok" } else { "FAIL" },
+        session.stack,
+        session.instructions,
+        session.checks,
+    );
+}
+
+/// Asks for a reset; the guest that starts again goes on in [`started_again`].
+fn test_reset(report: &Report, rom: Rom, phase: u32) -> ! {
+    let mode = usize::from(paging::has_pae());
+    let record = Record {
+        magic: MAGIC,
+        phase,
+        points: report.points(),
+        failures: report.failures(),
+        number: number::Reboot.0,
+        mode: mode as u32,
+        place: 0,
+        check: 0,
+    };
+    let call = number::Reboot.call().expect("the declaration has it");
+    let space = Space::current(MODES[mode]);
+    let mut session = open(space, rom, call, number::Reboot);
+    session.judge_answer();
+    let kind = if phase == SOFT_RESET { RebootKind::SOFT } else { RebootKind::HARD };
+    line!("# begin mode={} alias=direct number={} name={}", MODES[mode].name(), number::Reboot.0, call.name);
+    if session.problems.is_empty() {
+        console::drain();
+        record.store();
+        checks::reboot(&mut session, kind);
+        Record::clear();
+    }
+    let mut report = Report::resumed(report.points(), report.failures());
+    conclude(&mut report, &session);
+    report.finish()
+}
+
+/// The guest was started again by a reset.
+fn started_again(record: Record) -> ! {
+    let mut report = Report::resumed(record.points, record.failures);
+    let space = Space::new(Mode::NonPae);
+    space.activate();
+    let (Some(rom), Some(call)) = (Rom::find(|_, _| ()), CallNumber(record.number).call()) else {
+        report::abandon(format_args!("the ROM is gone after a reset"))
+    };
+    if record.phase == SOFT_RESET {
+        return_to_mode(record.mode, space);
+        test_reset(&report, rom, HARD_RESET);
+    }
+    let mode = MODES[(record.mode as usize).min(1)];
+    let place = PLACES[(record.place as usize).min(2)];
+    let (answer, _) = rom.ask(CallNumber(record.number), 0);
+    let mut session = Session::new(Space::current(mode), Rom { place, ..rom }, call, answer.kind, None);
+    session.expect(record.phase == HARD_RESET, format_args!("the machine was reset"));
+    conclude(&mut report, &session);
+    report.finish()
+}
+
+/// Reboot is asked for in the mode in which the suite ended.
+fn return_to_mode(mode: u32, space: Space) {
+    if MODES[(mode as usize).min(1)] == Mode::Pae {
+        space.prepare_to_leave();
+        Space::new(Mode::Pae).activate();
+    }
+}
+
+/// Tells images apart: a byte that changes and changes back is caught by the mapping.
+fn fingerprint(bytes: &[u8]) -> u32 {
+    bytes.iter().fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193))
+}
+
+const TRAP_STACK_SIZE: usize = 16 * 1024;
+
+#[repr(C, align(16))]
+struct TrapStack([u8; TRAP_STACK_SIZE]);
+
+static mut TRAP_STACK: TrapStack = TrapStack([0; TRAP_STACK_SIZE]);
+
+/// The stack for entries from ring 3.
+pub(crate) fn trap_stack_top() -> u32 {
+    (&raw const TRAP_STACK) as u32 + TRAP_STACK_SIZE as u32
+}
