@@ -21,6 +21,9 @@ const TARGET: &str = "targets/i686-unknown-none.json";
 /// The target's name as Cargo derives it from the description's.
 const TARGET_NAME: &str = "i686-unknown-none";
 
+/// What is compiled for it.
+const BARE_PACKAGES: [&str; 4] = ["--package", "vmi-rom", "--package", "vmi-guest"];
+
 /// Two addresses that have few bits in common: the second is where Linux sees an option ROM.
 const LINK_BASES: [&str; 2] = ["0", "c00ca000"];
 
@@ -135,6 +138,29 @@ pub fn guest(tools: &Tools) -> Result<PathBuf> {
     run(&mut cargo, &progress)?;
     write(&path, &read(&output_path("vmi-guest"))?)?;
     Ok(path)
+}
+
+/// The lints of image and guest on their own target, warnings denied. The compiler must have clippy.
+pub(crate) fn bare_clippy(tools: &Tools) -> Command {
+    let mut cargo = inner_cargo(tools, "clippy");
+    cargo.args(BARE_PACKAGES).args(["--quiet", "--release", "--", "--deny", "warnings"]);
+    cargo
+}
+
+/// What the compiler alone warns of in image and guest; nothing if it has nothing to say.
+///
+/// # Errors
+///
+/// Cargo does not start.
+pub(crate) fn bare_warnings(tools: &Tools) -> Result<Option<String>> {
+    let mut cargo = inner_cargo(tools, "check");
+    let done = cargo
+        .args(BARE_PACKAGES)
+        .args(["--quiet", "--release"])
+        .output()
+        .context("cargo does not start")?;
+    let said = String::from_utf8_lossy(&done.stderr).trim().to_owned();
+    Ok((!done.status.success() || said.contains("warning: ")).then_some(said))
 }
 
 /// A path as the user would type it from the top of the tree.

@@ -217,6 +217,32 @@ pub fn finish(unfinished: &[u8], size: usize) -> Result<Vec<u8>, Refusal> {
     Ok(bytes)
 }
 
+/// A copy of an image for the expansion ROM of a PCI card: SeaBIOS runs it only if it carries the card's numbers.
+///
+/// The last byte makes up for the change. Bytes that are no VMI ROM are copied as they are.
+#[must_use]
+pub fn for_card(image: &[u8], vendor: u16, device: u16) -> Vec<u8> {
+    let mut bytes = image.to_vec();
+    let Ok((header, _)) = RomHeader::read_from_prefix(image) else { return bytes };
+    let length = usize::from(header.rom_length) * LENGTH_UNIT;
+    if probe::pci_header(image).is_none()
+        || !(size_of::<RomHeader>()..=bytes.len()).contains(&length)
+    {
+        return bytes;
+    }
+    let before = checksum(&bytes[..length]);
+    let pci =
+        bytes.get_mut(usize::from(header.pci_header_offs.get())..).map(PciHeader::mut_from_prefix);
+    if let Some(Ok((pci, _))) = pci {
+        pci.vendor.set(vendor);
+        pci.device.set(device);
+    }
+    // A sum that was wrong stays as wrong as it was.
+    let change = checksum(&bytes[..length]).wrapping_sub(before);
+    bytes[length - 1] = bytes[length - 1].wrapping_sub(change);
+    bytes
+}
+
 /// Makes the sum of all bytes 0 modulo 256 by the byte at `offset`.
 fn set_checksum(bytes: &mut [u8], offset: usize) {
     bytes[offset] = 0;
@@ -734,6 +760,20 @@ mod tests {
         assert!(matches!(broken(0xd0), Refusal::Header(ProbeRefusal::License)));
         let short = File { rom: vec![0; 10], functions: Vec::new(), ..File::good() };
         assert!(matches!(refusal(&short), Refusal::Header(_)));
+    }
+
+    #[test]
+    fn a_card_gets_its_own_numbers_and_a_right_sum() {
+        let file = File::good().bytes();
+        let image = make(&file, &file, NATIVE_LIMIT).expect("nothing wrong").bytes;
+        let copy = for_card(&image, 0x8086, 0x100e);
+        let pci = probe::pci_header(&copy).expect("a PCIR structure");
+        assert_eq!((pci.vendor.get(), pci.device.get(), checksum(&copy)), (0x8086, 0x100e, 0));
+        assert_eq!(for_card(b"short", 1, 2), b"short");
+        assert_eq!(for_card(&[0; 512], 1, 2), [0; 512]);
+        let mut damaged = image;
+        damaged[0x40] ^= 0x5a;
+        assert_eq!(checksum(&for_card(&damaged, 1, 2)), checksum(&damaged));
     }
 
     #[test]

@@ -17,14 +17,22 @@ struct CommandLine {
 enum Verb {
     Setup(verbs::setup::Args),
     Build(verbs::build::Args),
+    Verify(verbs::verify::Args),
+    Inspect(verbs::inspect::Args),
     Run(verbs::run::Args),
+    Test(verbs::test::Args),
+    Docs(verbs::docs::Args),
 }
 
 fn main() -> ExitCode {
     let done = match CommandLine::parse().verb {
         Verb::Setup(args) => verbs::setup::run(&args),
         Verb::Build(args) => verbs::build::run(&args),
+        Verb::Verify(args) => verbs::verify::run(&args),
+        Verb::Inspect(args) => verbs::inspect::run(&args),
         Verb::Run(args) => verbs::run::run(&args),
+        Verb::Test(args) => verbs::test::run(&args),
+        Verb::Docs(args) => verbs::docs::run(&args),
     };
     done.unwrap_or_else(|error| {
         anstream::eprintln!("{}error{}: {error:#}", BAD.render(), BAD.render_reset());

@@ -4,11 +4,12 @@
 //! line that it says at its very end AND, where one is expected, the ROM's own banner came out of
 //! the debug port. A machine that resets, hangs, or never gets as far as the ROM passes no test.
 
+use crate::image;
 use crate::toolchain::Emulator;
 use std::ffi::OsString;
 use std::fmt;
 use std::io::{BufRead, BufReader, Read};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -21,6 +22,9 @@ pub const EXIT_VALUE: u8 = 0x10;
 
 /// What every image of ours writes to the debug port at POST.
 pub const BANNER: &str = "VMI ROM ";
+
+/// Vendor and device of the card that carries a ROM in its BAR, QEMU's e1000.
+const CARD: (u16, u16) = (0x8086, 0x100e);
 
 /// A machine model of QEMU's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Serialize)]
@@ -52,7 +56,7 @@ impl fmt::Display for Model {
 pub enum Attachment {
     /// By `-option-rom`.
     OptionRom(PathBuf),
-    /// In the expansion ROM of a network card; the machine needs PCI.
+    /// In the expansion ROM of a network card, as a copy with the card's numbers; the machine needs PCI.
     PciRomBar(PathBuf),
 }
 
@@ -248,7 +252,7 @@ impl Machine {
     pub fn follow(&self, emulator: &Emulator, mut line: impl FnMut(&str)) -> Result<Run, Error> {
         let folder = tempfile::tempdir()?;
         let debug_path = folder.path().join("debug");
-        let mut arguments = self.arguments()?;
+        let mut arguments = self.with_card_roms(folder.path())?.arguments()?;
         let mut debug_option = OsString::from("file:");
         debug_option.push(&debug_path);
         arguments.extend(["-debugcon".into(), debug_option]);
@@ -327,6 +331,19 @@ impl Machine {
         let mut words = vec![emulator.path.as_os_str().to_string_lossy().into_owned()];
         words.extend(arguments.iter().map(|word| word.to_string_lossy().into_owned()));
         Ok(Run { outcome, serial, debug, duration: start.elapsed(), command: words.join(" ") })
+    }
+
+    /// The same machine with a copy of each ROM that goes into a card.
+    fn with_card_roms(&self, folder: &Path) -> Result<Self, Error> {
+        let mut machine = self.clone();
+        for (index, rom) in machine.roms.iter_mut().enumerate() {
+            if let Attachment::PciRomBar(path) = rom {
+                let copy = folder.join(format!("card-{index}.rom"));
+                std::fs::write(&copy, image::for_card(&std::fs::read(&path)?, CARD.0, CARD.1))?;
+                *path = copy;
+            }
+        }
+        Ok(machine)
     }
 
     /// Whether a run that ended by the right status passed.

@@ -1,5 +1,9 @@
 //! The verbs of the command line, one file each.
 
 pub mod build;
+pub mod docs;
+pub mod inspect;
 pub mod run;
 pub mod setup;
+pub mod test;
+pub mod verify;
