@@ -57,8 +57,15 @@ pub(crate) fn end_of_interrupt(line: u8) {
     outb(MASTER_COMMAND, 0x20);
 }
 
+/// Takes a pending interrupt from the controller, as the processor would.
+pub(crate) fn acknowledge_interrupt() {
+    outb(MASTER_COMMAND, 0x0c); // Poll: the next read acknowledges.
+    inb(MASTER_COMMAND);
+    end_of_interrupt(0);
+}
+
 /// Raises IRQ 0 once, after so many cycles of the 8254.
-pub(crate) fn start_timer(cycles: u16) {
+fn start_timer(cycles: u16) {
     let [low, high] = cycles.to_le_bytes();
     outb(TIMER_COMMAND, 0x30); // Counter 0, both bytes, interrupt on terminal count.
     outb(TIMER_COUNTER, low);

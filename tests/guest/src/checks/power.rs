@@ -30,7 +30,7 @@ pub(crate) fn Shutdown(s: &mut Session) {
         }
         let before = traps::interrupts();
         apic.wire_timer_as_nmi(true);
-        devices::start_timer(2000);
+        devices::start_ticking();
         let (_, outcome) = s.enter(Arguments::NONE);
         apic.wire_timer_as_nmi(false);
         processor::accept_non_maskable_interrupts();
