@@ -18,7 +18,11 @@ pub mod reach;
 pub mod report;
 pub mod rom;
 pub mod rules;
+#[cfg(test)]
+mod samples;
 pub mod survey;
+#[cfg(test)]
+mod tests;
 pub mod trial;
 
 pub use answers::{Answer, Table, answers};

@@ -15,7 +15,7 @@ use vmi_abi::{CALLS_3_0, Call, Ending};
 pub const SCHEMA_VERSION: u32 = 1;
 
 /// States from which each call is executed to see what it does.
-const LOOKS: u64 = 8;
+const LOOKS: u64 = 64;
 
 /// Instructions of one such execution.
 const LOOK_BUDGET: u64 = 20_000;
@@ -155,6 +155,15 @@ pub struct Line {
     pub executed: bool,
 }
 
+/// One call, as `inspect --call --json` prints it.
+#[derive(Clone, Debug, Serialize)]
+pub struct OneCall<'a> {
+    /// [`SCHEMA_VERSION`].
+    pub version: u32,
+    /// The call.
+    pub call: &'a CallFacts,
+}
+
 /// Gathers the facts, with the ROM at a linear base.
 ///
 /// # Errors
@@ -277,11 +286,13 @@ fn code_facts(
 fn system(reached: &Reach) -> Vec<String> {
     let mut names: Vec<String> = Vec::new();
     for instruction in reached.instructions.values().filter(|i| is_system(i)) {
-        let mut name = format!("{:?}", instruction.mnemonic()).to_ascii_lowercase();
-        if instruction.mnemonic() == Mnemonic::Mov {
-            let text = super::rules::disassemble(instruction);
-            name = text.replacen("mov ", "mov ", 1);
-        }
+        let name = match instruction.mnemonic() {
+            // Which debug register it is stands in the listing.
+            Mnemonic::Mov if instruction.op0_register().is_dr() => "mov dr, reg".to_owned(),
+            Mnemonic::Mov if instruction.op1_register().is_dr() => "mov reg, dr".to_owned(),
+            Mnemonic::Mov => super::rules::disassemble(instruction),
+            other => format!("{other:?}").to_ascii_lowercase(),
+        };
         if !names.contains(&name) {
             names.push(name);
         }
@@ -291,7 +302,10 @@ fn system(reached: &Reach) -> Vec<String> {
 
 fn registers(reached: &Reach) -> Vec<&'static str> {
     let places = reached.instructions.values().fold(0, |all, i| all | written(i));
-    let changes_flags = reached.instructions.values().any(|i| i.rflags_modified() != 0);
+    let changes_flags = reached
+        .instructions
+        .values()
+        .any(|i| (i.rflags_written() | i.rflags_cleared() | i.rflags_set()) != 0);
     let mut names: Vec<&'static str> = (GENERAL.iter().enumerate())
         .filter(|(place, (name, _))| places & (1 << place) != 0 && *name != "ESP")
         .map(|(_, (name, _))| *name)

@@ -237,9 +237,13 @@ fn arbitrary(random: &mut Random, eip: u32) -> Registers {
     registers
 }
 
+/// A stack with something on it; only what lies around ESP differs from word to word.
 fn stack(random: &mut Random) -> Region {
-    let mut bytes = vec![0; STACK_SIZE];
-    random.fill(&mut bytes);
+    let mut bytes = vec![random.word() as u8; STACK_SIZE];
+    let entry = (STACK_ENTRY - STACK_BASE) as usize;
+    if let Some(near) = bytes.get_mut(entry - 64..entry + 128) {
+        random.fill(near);
+    }
     Region { name: "stack", base: STACK_BASE, bytes, writable: true }
 }
 

@@ -1,5 +1,6 @@
 //! `cargo xtask inspect`: what a ROM's call table does.
 
+use crate::inspect::survey::{OneCall, SCHEMA_VERSION};
 use crate::inspect::{HIGH_BASE, Rom, report, survey};
 use anyhow::{Context, Result, bail};
 use std::path::{Path, PathBuf};
@@ -46,18 +47,22 @@ fn look(args: &Args) -> Result<String> {
     let rom = read(&args.file)?;
     let facts = survey(&rom, args.base).with_context(|| args.file.display().to_string())?;
     let Some(wanted) = &args.call else {
-        return if args.json {
-            Ok(serde_json::to_string_pretty(&facts)? + "\n")
-        } else {
-            Ok(report::survey(&facts))
-        };
+        return if args.json { json(&facts) } else { Ok(report::survey(&facts)) };
     };
     let found = facts
         .calls
         .iter()
         .find(|call| call.name.eq_ignore_ascii_case(wanted) || wanted.parse() == Ok(call.number));
     let Some(call) = found else { bail!("revision 3.0 has no call `{wanted}`") };
-    if args.json { Ok(serde_json::to_string_pretty(call)? + "\n") } else { Ok(report::call(call)) }
+    if args.json {
+        json(&OneCall { version: SCHEMA_VERSION, call })
+    } else {
+        Ok(report::call(call))
+    }
+}
+
+fn json(value: &impl serde::Serialize) -> Result<String> {
+    Ok(serde_json::to_string_pretty(value)? + "\n")
 }
 
 /// Reads a file that should hold a ROM.

@@ -194,11 +194,8 @@ impl Machine<'_> {
                 }
             }
             M::Pushad => {
-                for value in (|mut all: [u32; 8]| {
-                    all[4] = self.registers.get(Register::ESP);
-                    all
-                })(self.registers.general())
-                {
+                // ESP is pushed as it was before: all eight are read first.
+                for value in self.registers.general() {
                     self.push(value, 4);
                 }
             }

@@ -39,6 +39,7 @@ pub struct Code<'a> {
 struct Decoded {
     instruction: Instruction,
     vector: bool,
+    system: bool,
     /// General registers written, as places in [`registers::GENERAL`].
     writes: u8,
 }
@@ -70,8 +71,12 @@ impl<'a> Code<'a> {
             let bytes = self.image.get(offset..)?;
             let mut decoder = Decoder::with_ip(32, bytes, offset as u64, DecoderOptions::NONE);
             let instruction = decoder.decode();
-            let (vector, writes) = (is_vector(&instruction), written(&instruction));
-            *place = Some(Decoded { instruction, vector, writes });
+            *place = Some(Decoded {
+                instruction,
+                vector: is_vector(&instruction),
+                system: is_system(&instruction),
+                writes: written(&instruction),
+            });
         }
         *place
     }
@@ -395,7 +400,7 @@ impl<'a> Machine<'a> {
             self.breach(Breach::Vector);
             return Ok(());
         }
-        if is_system(&instruction) && self.trace.events.len() < EVENTS_KEPT {
+        if decoded.system && self.trace.events.len() < EVENTS_KEPT {
             self.trace.events.push((offset, instruction.mnemonic()));
         }
         let flags = self.registers.eflags;
@@ -403,10 +408,10 @@ impl<'a> Machine<'a> {
         if flags != self.registers.eflags {
             self.trace.flags_writer = Some(offset);
         }
-        for (place, writer) in self.trace.writers.iter_mut().enumerate() {
-            if decoded.writes & (1 << place) != 0 {
-                *writer = Some(offset);
-            }
+        let mut writes = decoded.writes;
+        while writes != 0 {
+            self.trace.writers[writes.trailing_zeros() as usize & 7] = Some(offset);
+            writes &= writes - 1;
         }
         self.note_depth(self.registers.get(Register::ESP));
         Ok(())

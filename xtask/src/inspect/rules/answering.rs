@@ -91,35 +91,18 @@ fn keeps(
     report: &mut Report,
 ) {
     let (before, after) = (entry.general(), machine.registers.general());
-    for (place, (name, _)) in GENERAL.iter().enumerate() {
-        let writer = machine.trace.writers[place];
-        match *name {
-            "EAX" | "ECX" | "EDX" => {}
-            "ESP" => {
-                if after[place] != before[place].wrapping_add(4) {
-                    let by = after[place].wrapping_sub(before[place].wrapping_add(4)) as i32;
-                    let detail =
-                        format!("returns with ESP {by:+} bytes from where the caller expects it");
-                    report.code(
-                        code,
-                        subject,
-                        Rule::StackBalance,
-                        Some(machine.trace.last),
-                        detail,
-                    );
-                }
-            }
-            _ if after[place] != before[place] => {
-                report.code(
-                    code,
-                    subject,
-                    rule,
-                    writer,
-                    format!("changes {name}, which it must keep"),
-                );
-            }
-            _ => {}
+    for (place, (name, register)) in GENERAL.iter().enumerate() {
+        let free = vmi_abi::Registers::STANDARD | vmi_abi::Registers::ESP;
+        if after[place] != before[place] && !free.contains(*register) {
+            let writer = machine.trace.writers[place];
+            report.code(code, subject, rule, writer, format!("changes {name}, which it must keep"));
         }
+    }
+    let expected = entry.get(Register::ESP).wrapping_add(4);
+    let by = machine.registers.get(Register::ESP).wrapping_sub(expected) as i32;
+    if by != 0 {
+        let detail = format!("returns with ESP {by:+} bytes from where the caller expects it");
+        report.code(code, subject, Rule::StackBalance, Some(machine.trace.last), detail);
     }
     let changed = (entry.eflags ^ machine.registers.eflags) & !flags::ARITHMETIC;
     if changed != 0 {
