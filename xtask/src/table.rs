@@ -45,6 +45,9 @@ impl<T: Into<String>> From<T> for Cell {
     }
 }
 
+/// Blanks between two columns.
+const GAP: usize = 2;
+
 /// Rows in columns.
 #[derive(Clone, Debug, Default)]
 pub struct Table {
@@ -72,46 +75,39 @@ impl Table {
     /// The table as text with colours; print it through `anstream`, which drops them where they do not belong.
     #[must_use]
     pub fn render(&self) -> String {
-        let width = |column: usize| {
-            self.rows
-                .iter()
-                .filter_map(|row| row.get(column))
-                .map(|cell| cell.text.chars().count())
-                .max()
-                .unwrap_or(0)
-        };
-        let widths: Vec<usize> = (0..self.columns.len()).map(width).collect();
+        let widths: Vec<usize> = (0..self.columns.len()).map(|column| self.width(column)).collect();
         let mut text = String::new();
         for row in &self.rows {
-            let mut line = String::new();
-            // Blanks wait until something follows them: no line ends in one.
-            let mut blanks = 0;
+            let mut start = 0;
+            let mut end = 0;
             for ((cell, width), align) in row.iter().zip(&widths).zip(&self.columns) {
-                let padding = width - cell.text.chars().count();
-                if *align == Align::Right {
-                    blanks += padding;
-                }
-                if !cell.text.is_empty() {
+                let length = cell.text.chars().count();
+                if length != 0 {
+                    let flush =
+                        if *align == Align::Right { width.saturating_sub(length) } else { 0 };
+                    let soonest = if end == 0 { 0 } else { end + GAP };
+                    let blanks = soonest.max(start + flush) - end;
+                    let (on, off) = (cell.style.render(), cell.style.render_reset());
                     // Writing to a string cannot fail.
-                    let _ = write!(
-                        line,
-                        "{:blanks$}{}{}{}",
-                        "",
-                        cell.style.render(),
-                        cell.text,
-                        cell.style.render_reset()
-                    );
-                    blanks = 0;
+                    let _ = write!(text, "{:blanks$}{on}{}{off}", "", cell.text);
+                    end += blanks + length;
                 }
-                if *align == Align::Left {
-                    blanks += padding;
-                }
-                blanks += 2;
+                start += width + GAP;
             }
-            text.push_str(&line);
             text.push('\n');
         }
         text
+    }
+
+    /// A column is as wide as its widest cell; a cell before a blank one may run over into it.
+    fn width(&self, column: usize) -> usize {
+        self.rows
+            .iter()
+            .filter(|row| !row.get(column + 1).is_some_and(|next| next.text.is_empty()))
+            .filter_map(|row| row.get(column))
+            .map(|cell| cell.text.chars().count())
+            .max()
+            .unwrap_or(0)
     }
 }
 
@@ -127,6 +123,15 @@ mod tests {
         table.row(["10".into(), "GetTR".into()]);
         let plain = anstream::adapter::strip_str(&table.render()).to_string();
         assert_eq!(plain, "nr  call    bytes\n 7  GetGDT     12\n10  GetTR\n");
+    }
+
+    #[test]
+    fn a_title_runs_over_the_blank_cells_behind_it() {
+        let mut table = Table::new(&[Align::Left, Align::Left, Align::Left]);
+        table.row(["a long title".into(), "".into(), "next".into()]);
+        table.row(["a".into(), "b".into(), "c".into()]);
+        let plain = anstream::adapter::strip_str(&table.render()).to_string();
+        assert_eq!(plain, "a long title  next\na  b  c\n");
     }
 
     #[test]
