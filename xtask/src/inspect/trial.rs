@@ -175,7 +175,9 @@ pub fn call<'a>(
     machine.system.ldtr = LOCAL_SELECTOR;
     machine.system.control[3] = machine.system.random.word() & 0xffff_f000;
     machine.system.control[2] = machine.system.random.word();
-    machine.system.control[0] |= machine.system.random.word() & 8;
+    // CR0.TS and CR4.PGE: code takes other ways with and without them.
+    machine.system.control[0] |= machine.system.random.word() & 0x08;
+    machine.system.control[4] ^= machine.system.random.word() & 0x80;
     machine.watch = contract
         .arguments
         .iter()

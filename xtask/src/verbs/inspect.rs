@@ -1,7 +1,7 @@
 //! `cargo xtask inspect`: what a ROM's call table does.
 
 use crate::inspect::survey::{OneCall, SCHEMA_VERSION};
-use crate::inspect::{HIGH_BASE, Rom, report, survey};
+use crate::inspect::{Rom, report, survey};
 use anyhow::{Context, Result, bail};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -20,8 +20,8 @@ pub struct Args {
     #[arg(long)]
     json: bool,
 
-    /// Linear address at which the ROM is executed
-    #[arg(long, value_name = "ADDRESS", value_parser = address, default_value_t = HIGH_BASE)]
+    /// Linear address at which the ROM is executed, such as 0xC00C8000 or C8000h
+    #[arg(long, value_name = "ADDRESS", value_parser = address, default_value = "0xC00C8000")]
     base: u32,
 }
 

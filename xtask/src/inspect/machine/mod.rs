@@ -10,6 +10,8 @@ pub mod memory;
 pub mod registers;
 mod strings;
 mod system;
+#[cfg(test)]
+mod tests;
 
 pub use memory::{Denied, Memory, Region};
 pub use registers::Registers;

@@ -80,6 +80,14 @@ fn check_call(
     }
     let reached = reach(code, offset, &executed, cut_short);
     check.report.reachable(code, &check.subject, &reached);
+    let looked_at = reached.instructions.keys().filter(|offset| !executed.contains(offset));
+    if let Some(first) = looked_at.clone().next() {
+        let count = looked_at.count();
+        let plural = if count == 1 { "instruction was" } else { "instructions were" };
+        let detail =
+            format!("{count} {plural} looked at but never executed, the first at {first:X}h");
+        check.report.note(call.name, detail);
+    }
     most
 }
 
