@@ -3,10 +3,9 @@
 //! A multiboot loader starts `boot` in 32-bit protected mode without paging. Four-megabyte pages
 //! map the first 16 MiB at 0 and at C0000000h until [`crate::paging`] builds the real tables.
 
-#![expect(unsafe_code, reason = "UNSAFETY: `global_asm!`, and the boot loader's structure at an address it names")]
+#![expect(unsafe_code, reason = "UNSAFETY: `global_asm!`")]
 
 use core::arch::global_asm;
-use core::ffi::CStr;
 use x86::controlregs::{Cr0, Cr4};
 
 /// Where the kernel sees physical address 0.
@@ -14,12 +13,6 @@ pub(crate) const PAGE_OFFSET: u32 = 0xc000_0000;
 
 /// Multiboot specification 0.6.96, section 3.1.1.
 const MULTIBOOT_MAGIC: u32 = 0x1bad_b002;
-
-/// In EAX at entry: the loader is a multiboot one.
-const MULTIBOOT_LOADER: u32 = 0x2bad_b002;
-
-/// In the loader's flags: the command line is there.
-const MULTIBOOT_COMMAND_LINE: u32 = 1 << 2;
 
 /// A 4 MiB page: present, writable.
 const LARGE_PAGE: u32 = 0x83;
@@ -32,11 +25,9 @@ global_asm!(
     ".balign 4",
     ".long {magic}, 0, -{magic}",
 
-    // In: EAX = loader's magic, EBX -> its information, paging off, flat segments, interrupts off.
-    // Every address is physical until paging is on.
+    // In: paging off, flat segments, interrupts off. Every address is physical until paging is on.
     ".globl boot",
     "boot:",
-    "mov esi, eax",
     "mov edi, offset boot_directory - {page_offset}",
     "mov eax, {large_page}",
     "mov ecx, 4",
@@ -58,8 +49,6 @@ global_asm!(
     "boot_high:",
     "mov esp, offset boot_stack + {stack_size}",
     "xor ebp, ebp",
-    "push ebx",
-    "push esi",
     "call {start}",
     "ud2",
     ".popsection",
@@ -76,32 +65,8 @@ global_asm!(
     pse = const Cr4::CR4_ENABLE_PSE.bits(),
     paging = const (Cr0::CR0_ENABLE_PAGING.bits() | Cr0::CR0_WRITE_PROTECT.bits()),
     stack_size = const STACK_SIZE,
-    start = sym start,
+    start = sym crate::suite::main,
 );
-
-extern "C" fn start(magic: u32, information: u32) -> ! {
-    crate::suite::main(command_line(magic, information))
-}
-
-/// The words that the loader passed on; empty where it passed none.
-fn command_line(magic: u32, information: u32) -> &'static str {
-    if magic != MULTIBOOT_LOADER {
-        return "";
-    }
-    let word = |offset: u32| {
-        let address = (PAGE_OFFSET + information + offset) as *const u32;
-        // SAFETY: the loader's structure lies in the first 16 MiB, which are mapped here, and
-        // nothing of the guest overlaps it.
-        unsafe { address.read_unaligned() }
-    };
-    if word(0) & MULTIBOOT_COMMAND_LINE == 0 {
-        return "";
-    }
-    let line = (PAGE_OFFSET + word(16)) as *const core::ffi::c_char;
-    // SAFETY: as above; the specification promises a NUL-ended string.
-    let line = unsafe { CStr::from_ptr(line) };
-    line.to_str().unwrap_or("")
-}
 
 #[panic_handler]
 fn panic(information: &core::panic::PanicInfo<'_>) -> ! {

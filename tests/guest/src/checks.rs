@@ -118,7 +118,10 @@ fn one_answer(rom: &Rom, number: CallNumber, problems: &mut Problems) -> Relocat
         problems.add(format_args!("get_reloc({number}): type {} does not exist", answer.kind.0));
     }
     if answer.kind.has_address() && offset >= rom.length {
-        problems.add(format_args!("get_reloc({number}): {:#x} is outside of the image", answer.eip.get()));
+        problems.add(format_args!(
+            "get_reloc({number}): {:#x} is outside of the image",
+            answer.eip.get()
+        ));
     }
     if number as usize >= CALLS_3_0.len() && answer.kind != RelocationType::NONE {
         problems.add(format_args!("get_reloc({number}) is no call, but is answered"));
@@ -129,7 +132,10 @@ fn one_answer(rom: &Rom, number: CallNumber, problems: &mut Problems) -> Relocat
 /// Checks what an entry point of the header must leave alone.
 fn returned_cleanly(name: &str, outcome: &Outcome, problems: &mut Problems) {
     if let Some(Trap { frame, address }) = outcome.trap {
-        problems.add(format_args!("{name}: exception {} at {:#x}, address {address:#x}", frame.vector, frame.eip));
+        problems.add(format_args!(
+            "{name}: exception {} at {:#x}, address {address:#x}",
+            frame.vector, frame.eip
+        ));
         return;
     }
     let Registers { ebx, ebp, esi, edi, .. } = outcome.after.registers;
@@ -148,7 +154,11 @@ fn returned_cleanly(name: &str, outcome: &Outcome, problems: &mut Problems) {
 }
 
 /// Runs a routine of the guest's own under the harness: exceptions become outcomes.
-pub(crate) fn run_own(routine: unsafe extern "C" fn(), registers: Registers, stack: &[u32]) -> Outcome {
+pub(crate) fn run_own(
+    routine: unsafe extern "C" fn(),
+    registers: Registers,
+    stack: &[u32],
+) -> Outcome {
     session::point_site_at(routine as *const () as u32);
     harness::run(&Entry {
         context: Context { registers, esp: 0, eflags: FIXED_FLAG, segments: FLAT },

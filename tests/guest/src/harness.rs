@@ -6,10 +6,13 @@
 //! instruction is an observation too: the harness counts those inside the ROM and lets a test look
 //! at memory between any two of them.
 
-#![expect(unsafe_code, reason = "UNSAFETY: the switch is assembly; call sites are memory that the processor executes")]
+#![expect(
+    unsafe_code,
+    reason = "UNSAFETY: the switch is assembly; call sites are memory that the processor executes"
+)]
 
 use crate::processor;
-use crate::segments::{KERNEL_DATA, USER_DATA};
+use crate::segments::{KERNEL_DATA, NOWHERE, USER_DATA};
 use crate::traps::Frame;
 use core::arch::naked_asm;
 use core::mem::offset_of;
@@ -83,12 +86,7 @@ struct Shared {
     saved_esp: u32,
 }
 
-static mut SHARED: Shared = Shared {
-    enter: EMPTY,
-    leave: EMPTY,
-    target: 0,
-    saved_esp: 0,
-};
+static mut SHARED: Shared = Shared { enter: EMPTY, leave: EMPTY, target: 0, saved_esp: 0 };
 
 const EMPTY: Context = Context {
     registers: Registers { eax: 0, ecx: 0, edx: 0, ebx: 0, ebp: 0, esi: 0, edi: 0 },
@@ -216,13 +214,20 @@ pub(crate) fn run(entry: &Entry<'_>) -> Outcome {
         // SAFETY: inside the call stack.
         unsafe { stack.add(index).read_volatile() }
     };
-    let used = (0..first).find(|index| word(*index) != PAINT).map_or(0, |lowest| (first - lowest) * 4) as u32;
+    let used = (0..first)
+        .find(|index| word(*index) != PAINT)
+        .map_or(0, |lowest| (first - lowest) * 4) as u32;
     // The switch itself pushed the flags into the word where a return address goes.
     Outcome {
         after: state.leave,
         trap: observer.trap,
-        stack_used: if entry.by_call { used.saturating_sub(4) } else { if used == 4 { 0 } else { used } },
-        caller_stack_changed: (STACK_WORDS - CALLER_WORDS..STACK_WORDS).any(|index| word(index) != PAINT),
+        stack_used: if entry.by_call {
+            used.saturating_sub(4)
+        } else {
+            if used == 4 { 0 } else { used }
+        },
+        caller_stack_changed: (STACK_WORDS - CALLER_WORDS..STACK_WORDS)
+            .any(|index| word(index) != PAINT),
         instructions: observer.instructions,
     }
 }
@@ -444,8 +449,13 @@ unsafe extern "C" fn abandon_call() -> ! {
 }
 
 /// The segments of a kernel that runs: DS and ES flat, the user's; FS and GS its own business.
-pub(crate) const FLAT: DataSegments =
-    DataSegments { ds: USER_DATA as u32, es: USER_DATA as u32, fs: 0, gs: USER_DATA as u32 };
+pub(crate) const FLAT: DataSegments = DataSegments {
+    ds: USER_DATA as u32,
+    es: USER_DATA as u32,
+    fs: NOWHERE as u32,
+    gs: NOWHERE as u32,
+};
 
 /// The segments of an interrupted context: nothing there to be used.
-pub(crate) const NOT_OURS: DataSegments = DataSegments { ds: 0, es: 0, fs: 0, gs: 0 };
+pub(crate) const NOT_OURS: DataSegments =
+    DataSegments { ds: NOWHERE as u32, es: NOWHERE as u32, fs: NOWHERE as u32, gs: NOWHERE as u32 };

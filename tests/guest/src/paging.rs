@@ -109,7 +109,8 @@ pub(crate) static mut TEST_FRAMES: [Frame; 2] = [Frame([0; PAGE as usize]); 2];
 pub(crate) static mut SITE_FRAME: Frame = Frame([0; PAGE as usize]);
 
 /// A copy of the ROM: read-only, executable.
-pub(crate) static mut ROM_COPY: [Frame; ROM_COPY_SIZE / PAGE as usize] = [Frame([0; PAGE as usize]); ROM_COPY_SIZE / PAGE as usize];
+pub(crate) static mut ROM_COPY: [Frame; ROM_COPY_SIZE / PAGE as usize] =
+    [Frame([0; PAGE as usize]); ROM_COPY_SIZE / PAGE as usize];
 
 /// Bytes of the longest ROM: its length byte allows no more.
 pub(crate) const ROM_COPY_SIZE: usize = 128 * 1024;
@@ -136,7 +137,8 @@ pub(crate) fn has_pae() -> bool {
 
 /// Whether the processor has NX.
 pub(crate) fn has_no_execute() -> bool {
-    processor::cpuid(0x8000_0000, 0)[0] >= 0x8000_0001 && processor::cpuid(0x8000_0001, 0)[3] & 1 << 20 != 0
+    processor::cpuid(0x8000_0000, 0)[0] >= 0x8000_0001
+        && processor::cpuid(0x8000_0001, 0)[3] & 1 << 20 != 0
 }
 
 /// Whether the processor has global pages.
@@ -173,16 +175,28 @@ impl Space {
         for address in (0..DIRECT).step_by(PAGE as usize) {
             let linear = PAGE_OFFSET + address;
             let in_rom = ROM_AREA.contains(&address);
-            let executable = in_rom || text().contains(&linear) || is_in(&raw const SITE_FRAME, linear) || is_in(&raw const ROM_COPY, linear);
-            let writable = !(in_rom || text().contains(&linear) || is_in(&raw const ROM_COPY, linear));
-            space.map(linear, address, global | if writable { WRITE } else { 0 } | if executable { 0 } else { NO_EXECUTE });
+            let executable = in_rom
+                || text().contains(&linear)
+                || is_in(&raw const SITE_FRAME, linear)
+                || is_in(&raw const ROM_COPY, linear);
+            let writable =
+                !(in_rom || text().contains(&linear) || is_in(&raw const ROM_COPY, linear));
+            space.map(
+                linear,
+                address,
+                global | if writable { WRITE } else { 0 } | if executable { 0 } else { NO_EXECUTE },
+            );
         }
         for address in ROM_AREA.step_by(PAGE as usize) {
             space.map(ALIAS + address - ROM_AREA.start, address, 0);
         }
         space.map(VIRTUAL_8086, VIRTUAL_8086, WRITE | USER);
         space.map(USER_CODE, physical(&raw const USER_CODE_FRAME), USER);
-        space.map(USER_CODE + PAGE, physical(&raw const USER_STACK_FRAME), WRITE | USER | NO_EXECUTE);
+        space.map(
+            USER_CODE + PAGE,
+            physical(&raw const USER_STACK_FRAME),
+            WRITE | USER | NO_EXECUTE,
+        );
         space.map(TEST_AREA, 0, 0);
         space.store(space.entry(TEST_AREA), 0);
         space
@@ -269,10 +283,11 @@ impl Space {
 
     /// Makes the processor use this space.
     pub(crate) fn activate(self) {
-        let features = match self.mode {
-            Mode::NonPae => 0,
-            Mode::Pae => Cr4::CR4_ENABLE_PAE.bits() as u32,
-        } | if has_global_pages() { Cr4::CR4_ENABLE_GLOBAL_PAGES.bits() as u32 } else { 0 };
+        let features =
+            match self.mode {
+                Mode::NonPae => 0,
+                Mode::Pae => Cr4::CR4_ENABLE_PAE.bits() as u32,
+            } | if has_global_pages() { Cr4::CR4_ENABLE_GLOBAL_PAGES.bits() as u32 } else { 0 };
         if self.mode == Mode::Pae && has_no_execute() {
             const NO_EXECUTE_ENABLE: u64 = 1 << 11;
             let efer = processor::rdmsr(x86::msr::IA32_EFER);

@@ -98,7 +98,9 @@ selector_register!(task, set_task, "str", "ltr");
 pub(crate) fn rdmsr(index: u32) -> u64 {
     let (low, high): (u32, u32);
     // SAFETY: callers name registers that the processor has.
-    unsafe { asm!("rdmsr", in("ecx") index, out("eax") low, out("edx") high, options(nostack, preserves_flags)) };
+    unsafe {
+        asm!("rdmsr", in("ecx") index, out("eax") low, out("edx") high, options(nostack, preserves_flags))
+    };
     u64::from(high) << 32 | u64::from(low)
 }
 
@@ -106,7 +108,9 @@ pub(crate) fn rdmsr(index: u32) -> u64 {
 pub(crate) fn wrmsr(index: u32, value: u64) {
     let (low, high) = (value as u32, (value >> 32) as u32);
     // SAFETY: callers name registers that the processor has, and values that keep the guest going.
-    unsafe { asm!("wrmsr", in("ecx") index, in("eax") low, in("edx") high, options(nostack, preserves_flags)) };
+    unsafe {
+        asm!("wrmsr", in("ecx") index, in("eax") low, in("edx") high, options(nostack, preserves_flags))
+    };
 }
 
 /// EAX, EBX, ECX and EDX of a CPUID leaf.
@@ -149,7 +153,9 @@ pub(crate) fn accept_non_maskable_interrupts() {
 pub(crate) fn set_fs_gs(fs: u16, gs: u16) {
     // SAFETY: the selectors name data descriptors of the guest's tables or are null; the guest
     // itself uses neither register.
-    unsafe { asm!("mov fs, {:x}", "mov gs, {:x}", in(reg) fs, in(reg) gs, options(nostack, preserves_flags)) };
+    unsafe {
+        asm!("mov fs, {:x}", "mov gs, {:x}", in(reg) fs, in(reg) gs, options(nostack, preserves_flags))
+    };
 }
 
 /// Ends the processor's part: nothing is left to do.

@@ -33,7 +33,11 @@ impl Report {
     }
 
     /// A test point of a single condition.
-    pub(crate) fn check(&mut self, description: fmt::Arguments<'_>, result: Result<(), fmt::Arguments<'_>>) {
+    pub(crate) fn check(
+        &mut self,
+        description: fmt::Arguments<'_>,
+        result: Result<(), fmt::Arguments<'_>>,
+    ) {
         let mut problems = Problems::default();
         if let Err(problem) = result {
             problems.add(problem);

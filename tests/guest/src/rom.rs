@@ -1,6 +1,9 @@
 //! The ROM: found, initialised and asked as Linux does it.
 
-#![expect(unsafe_code, reason = "UNSAFETY: reads the option-ROM area, and executes what it finds there")]
+#![expect(
+    unsafe_code,
+    reason = "UNSAFETY: reads the option-ROM area, and executes what it finds there"
+)]
 
 use crate::boot::PAGE_OFFSET;
 use crate::harness::{self, Context, Entry, FLAT, Outcome, Registers};
@@ -40,7 +43,12 @@ impl Rom {
             match probe(area(physical), REVISION_3_0) {
                 Ok(header) => {
                     let length = u32::from(header.rom_length) * LENGTH_UNIT as u32;
-                    return Some(Self { physical, base: PAGE_OFFSET + physical, length, place: "direct" });
+                    return Some(Self {
+                        physical,
+                        base: PAGE_OFFSET + physical,
+                        length,
+                        place: "direct",
+                    });
                 }
                 Err(Refusal::NoRomSignature) => {}
                 Err(refusal) => passed_over(physical, refusal),
@@ -67,7 +75,9 @@ impl Rom {
         processor::set_cr0(cr0 & !(Cr0::CR0_WRITE_PROTECT.bits() as u32));
         // SAFETY: long enough, and executed by nobody yet. It is mapped read-only, as the ROM's
         // storage is, which is why write protection is off for the moment.
-        unsafe { core::ptr::copy_nonoverlapping(self.bytes().as_ptr(), copy.cast(), self.length as usize) };
+        unsafe {
+            core::ptr::copy_nonoverlapping(self.bytes().as_ptr(), copy.cast(), self.length as usize)
+        };
         processor::set_cr0(cr0);
         Self { base: copy as u32, place: "copy", ..self }
     }
@@ -110,5 +120,12 @@ impl Rom {
 }
 
 /// Registers that no entry point may change.
-pub(crate) const KEPT: Registers =
-    Registers { eax: 0, ecx: 0, edx: 0, ebx: 0x3333_3333, ebp: 0x4444_4444, esi: 0x5555_5555, edi: 0x6666_6666 };
+pub(crate) const KEPT: Registers = Registers {
+    eax: 0,
+    ecx: 0,
+    edx: 0,
+    ebx: 0x3333_3333,
+    ebp: 0x4444_4444,
+    esi: 0x5555_5555,
+    edi: 0x6666_6666,
+};

@@ -1,6 +1,9 @@
 //! Descriptor tables: selectors are those of a 32-bit Linux kernel, so that a ROM sees what it would see there.
 
-#![expect(unsafe_code, reason = "UNSAFETY: descriptor tables are memory that the processor reads and writes behind Rust's back")]
+#![expect(
+    unsafe_code,
+    reason = "UNSAFETY: descriptor tables are memory that the processor reads and writes behind Rust's back"
+)]
 
 use crate::processor;
 use vmi_abi::state::DescriptorTable;
@@ -21,6 +24,12 @@ pub(crate) const LOCAL_TABLE: u16 = 0x88;
 pub(crate) const OTHER_TASK: u16 = 0x90;
 /// A descriptor for WriteGDTEntry to write.
 pub(crate) const SPARE: u16 = 0x98;
+
+/// Data through which nothing can be reached.
+///
+/// The limit is 0, and the base moves whatever the guest has mapped to where it has nothing: QEMU's
+/// translator checks no limits, and no null selectors either, but it adds the base.
+pub(crate) const NOWHERE: u16 = 0xa3;
 
 /// Selectors of the local descriptor table's first three entries, for ring 3.
 pub(crate) const LOCAL_CODE: u16 = 0x07;
@@ -44,6 +53,9 @@ pub(crate) const USER_CODE_DESCRIPTOR: u64 = flat(CODE_3);
 pub(crate) const USER_DATA_DESCRIPTOR: u64 = flat(DATA_3);
 /// A ring 0 data descriptor, for a table entry that is written through the ROM.
 pub(crate) const KERNEL_DATA_DESCRIPTOR: u64 = flat(DATA_0);
+
+/// A writable segment of one byte for ring 3, at 60000000h.
+const NOWHERE_DESCRIPTOR: u64 = 0x6040_f300_0000_0000;
 
 /// The descriptor of a system segment: a task state segment or a local descriptor table.
 const fn system(base: u32, limit: u32, access: u64) -> u64 {
@@ -125,6 +137,7 @@ pub(crate) fn initialize(esp0: u32) {
             (KERNEL_DATA, flat(DATA_0)),
             (USER_CODE, flat(CODE_3)),
             (USER_DATA, flat(DATA_3)),
+            (NOWHERE, NOWHERE_DESCRIPTOR),
             (TASK, system(task as u32, limit, TASK_ACCESS)),
             (OTHER_TASK, system(other as u32, limit, TASK_ACCESS)),
             (LOCAL_TABLE, system(&raw const LDT as u32, 16 * 8 - 1, LOCAL_TABLE_ACCESS)),
@@ -179,5 +192,8 @@ pub(crate) fn kernel_stack(state: *const TaskState) -> u32 {
 /// An interrupt gate to a handler.
 pub(crate) const fn gate(handler: u32, ring: u64) -> u64 {
     let handler = handler as u64;
-    (handler & 0xffff) | (KERNEL_CODE as u64) << 16 | (0x8e00 | ring << 13) << 32 | (handler >> 16) << 48
+    (handler & 0xffff)
+        | (KERNEL_CODE as u64) << 16
+        | (0x8e00 | ring << 13) << 32
+        | (handler >> 16) << 48
 }

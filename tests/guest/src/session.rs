@@ -2,7 +2,9 @@
 
 #![expect(unsafe_code, reason = "UNSAFETY: writes call sites")]
 
-use crate::harness::{self, Context, DataSegments, Entry, FLAT, NOT_OURS, Outcome, Registers, return_point};
+use crate::harness::{
+    self, Context, DataSegments, Entry, FLAT, NOT_OURS, Outcome, Registers, return_point,
+};
 use crate::paging::{SITE_FRAME, Space};
 use crate::report::Problems;
 use crate::rom::Rom;
@@ -86,8 +88,15 @@ pub(crate) struct Arguments {
 }
 
 impl Arguments {
-    pub(crate) const NONE: Self =
-        Self { eax: None, ecx: None, edx: None, esi: None, edi: None, stack: [0; 9], stack_words: 0 };
+    pub(crate) const NONE: Self = Self {
+        eax: None,
+        ecx: None,
+        edx: None,
+        esi: None,
+        edi: None,
+        stack: [0; 9],
+        stack_words: 0,
+    };
 
     pub(crate) const fn eax(self, value: u32) -> Self {
         Self { eax: Some(value), ..self }
@@ -247,7 +256,10 @@ impl Session {
             watch: self.watch,
             demand: self.demand.clone(),
         });
-        if !self.variant.traced && outcome.after.eflags & INTERRUPT_FLAG == 0 && outcome.trap.is_none() {
+        if !self.variant.traced
+            && outcome.after.eflags & INTERRUPT_FLAG == 0
+            && outcome.trap.is_none()
+        {
             self.stack = self.stack.max(outcome.stack_used);
         }
         self.instructions = self.instructions.max(outcome.instructions);
@@ -314,7 +326,10 @@ impl Session {
             outcome.stack_used <= STACK_LIMIT || self.variant.traced,
             format_args!("{} bytes of stack used, {STACK_LIMIT} are allowed", outcome.stack_used),
         );
-        self.expect(!outcome.caller_stack_changed, format_args!("the caller's stack above the arguments was changed"));
+        self.expect(
+            !outcome.caller_stack_changed,
+            format_args!("the caller's stack above the arguments was changed"),
+        );
     }
 
     /// Checks that the contract's registers, and no others, were changed.
@@ -369,7 +384,9 @@ impl Session {
         let answer = self.answer;
         self.expect(
             answer.as_answers().is_some_and(|answer| allowed.contains(answer)),
-            format_args!("{answer:?} is not one of the answers that a guest can live with: {allowed:?}"),
+            format_args!(
+                "{answer:?} is not one of the answers that a guest can live with: {allowed:?}"
+            ),
         );
     }
 

@@ -78,8 +78,8 @@ impl Record {
 const MODES: [Mode; 2] = [Mode::NonPae, Mode::Pae];
 const PLACES: [&str; 3] = ["direct", "alias", "copy"];
 
-/// Runs the suite. The words of the command line are not used yet.
-pub(crate) fn main(_command_line: &str) -> ! {
+/// Runs the suite.
+pub(crate) extern "C" fn main() -> ! {
     console::initialize();
     segments::initialize(trap_stack_top());
     traps::initialize();
@@ -96,7 +96,9 @@ fn first_start() -> ! {
     let space = Space::new(Mode::NonPae);
     space.activate();
     let rom = Rom::find(|physical, refusal| line!("# passed over: {physical:#x}: {refusal}"));
-    let Some(rom) = rom else { report::abandon(format_args!("no VMI ROM of revision 3.0 between C0000h and DFFFFh")) };
+    let Some(rom) = rom else {
+        report::abandon(format_args!("no VMI ROM of revision 3.0 between C0000h and DFFFFh"))
+    };
     let name = license(rom.bytes()).and_then(|text| core::str::from_utf8(text).ok()).unwrap_or("?");
     line!("# rom base={:#x} length={} license=\"{name}\"", rom.physical, rom.length);
     report.check(
@@ -126,7 +128,11 @@ fn first_start() -> ! {
     }
     report.check(
         format_args!("the image's bytes are what they were"),
-        if fingerprint == self::fingerprint(rom.bytes()) { Ok(()) } else { Err(format_args!("the image was changed")) },
+        if fingerprint == self::fingerprint(rom.bytes()) {
+            Ok(())
+        } else {
+            Err(format_args!("the image was changed"))
+        },
     );
     test_reset(&report, rom, SOFT_RESET)
 }
@@ -135,7 +141,10 @@ fn first_start() -> ! {
 fn test_rom(report: &mut Report, space: Space, mode: usize, rom: Rom) {
     let mut problems = Problems::default();
     checks::entry_points(&rom, &mut problems);
-    report.point(format_args!("{} {}: vmi_init and get_reloc", space.mode.name(), rom.place), &problems);
+    report.point(
+        format_args!("{} {}: vmi_init and get_reloc", space.mode.name(), rom.place),
+        &problems,
+    );
     for call in CALLS_3_0 {
         let Some(number) = call.number else { continue };
         if number == number::Reboot {
@@ -152,7 +161,13 @@ fn test_rom(report: &mut Report, space: Space, mode: usize, rom: Rom) {
             check: 0,
         };
         record.store();
-        line!("# begin mode={} alias={} number={} name={}", space.mode.name(), rom.place, number.0, call.name);
+        line!(
+            "# begin mode={} alias={} number={} name={}",
+            space.mode.name(),
+            rom.place,
+            number.0,
+            call.name
+        );
         let mut session = open(space, rom, call, number);
         session.judge_answer();
         if session.is_testable() {
@@ -210,7 +225,12 @@ fn test_reset(report: &Report, rom: Rom, phase: u32) -> ! {
     let mut session = open(space, rom, call, number::Reboot);
     session.judge_answer();
     let kind = if phase == SOFT_RESET { RebootKind::SOFT } else { RebootKind::HARD };
-    line!("# begin mode={} alias=direct number={} name={}", MODES[mode].name(), number::Reboot.0, call.name);
+    line!(
+        "# begin mode={} alias=direct number={} name={}",
+        MODES[mode].name(),
+        number::Reboot.0,
+        call.name
+    );
     if session.problems.is_empty() {
         console::drain();
         record.store();
@@ -237,7 +257,8 @@ fn started_again(record: Record) -> ! {
     let mode = MODES[(record.mode as usize).min(1)];
     let place = PLACES[(record.place as usize).min(2)];
     let (answer, _) = rom.ask(CallNumber(record.number), 0);
-    let mut session = Session::new(Space::current(mode), Rom { place, ..rom }, call, answer.kind, None);
+    let mut session =
+        Session::new(Space::current(mode), Rom { place, ..rom }, call, answer.kind, None);
     session.expect(record.phase == HARD_RESET, format_args!("the machine was reset"));
     conclude(&mut report, &session);
     report.finish()

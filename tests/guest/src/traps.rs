@@ -4,7 +4,10 @@
 //! under test ([`crate::harness`]) an exception is an observation: the handler records it and
 //! abandons the call. Outside of one it is a defect of the guest.
 
-#![expect(unsafe_code, reason = "UNSAFETY: entry code in assembly, and the frame it leaves on the stack")]
+#![expect(
+    unsafe_code,
+    reason = "UNSAFETY: entry code in assembly, and the frame it leaves on the stack"
+)]
 
 use crate::segments::{self, IDT, OTHER_IDT, USER_DATA};
 use crate::{devices, harness, processor, report};
@@ -128,7 +131,9 @@ unsafe extern "C" fn common() {
 pub(crate) fn initialize() {
     let first: u32;
     // SAFETY: takes an address.
-    unsafe { core::arch::asm!("mov {}, offset trap_stubs", out(reg) first, options(nomem, nostack)) };
+    unsafe {
+        core::arch::asm!("mov {}, offset trap_stubs", out(reg) first, options(nomem, nostack))
+    };
     for vector in 0..256 {
         let ring = if vector == SYSTEM_CALL { 3 } else { 0 };
         let gate = segments::gate(first + vector * 16, ring);

@@ -26,13 +26,21 @@ pub(crate) fn SetIDT(s: &mut Session) {
 }
 
 /// Loads another table; the register must name it, and the argument must stay what it was.
-fn set_table(s: &mut Session, other: DescriptorTable, get: fn() -> DescriptorTable, set: fn(DescriptorTable)) {
+fn set_table(
+    s: &mut Session,
+    other: DescriptorTable,
+    get: fn() -> DescriptorTable,
+    set: fn(DescriptorTable),
+) {
     s.each(|s| {
         let own = get();
         let argument = other;
         s.call(Arguments::NONE.eax((&raw const argument) as u32));
         let found = get();
-        s.expect(found == other, format_args!("the register holds {found:x?}, must hold {other:x?}"));
+        s.expect(
+            found == other,
+            format_args!("the register holds {found:x?}, must hold {other:x?}"),
+        );
         s.expect(argument == other, format_args!("the argument in memory was changed"));
         set(own);
     });
@@ -55,11 +63,15 @@ fn get_table(s: &mut Session, get: fn() -> DescriptorTable) {
         after: [u8; 4],
     }
     s.each(|s| {
-        let mut buffer = Buffer { before: [0xa5; 6], table: DescriptorTable::default(), after: [0xa5; 4] };
+        let mut buffer =
+            Buffer { before: [0xa5; 6], table: DescriptorTable::default(), after: [0xa5; 4] };
         let address = (&raw mut buffer.table) as u32;
         s.call(Arguments::NONE.eax(address));
         let buffer = core::hint::black_box(&buffer);
-        s.expect(buffer.table == get(), format_args!("the buffer holds {:x?}, must hold {:x?}", buffer.table, get()));
+        s.expect(
+            buffer.table == get(),
+            format_args!("the buffer holds {:x?}, must hold {:x?}", buffer.table, get()),
+        );
         s.expect(
             buffer.before == [0xa5; 6] && buffer.after == [0xa5; 4],
             format_args!("memory beside the buffer was changed"),
@@ -107,8 +119,15 @@ pub(crate) fn GetTR(s: &mut Session) {
 const ALTERABLE: u64 = 0x0000_6000_0000_0000 | 0x000f_0000_0000_ffff;
 
 /// Writes descriptors into a table, and looks at them and at their neighbours.
-fn write_entries<const N: usize>(s: &mut Session, table: *mut Table<N>, index: usize, values: &[u64], alterable: u64) {
-    let neighbours = [segments::descriptor(table, index - 1), segments::descriptor(table, index + 1)];
+fn write_entries<const N: usize>(
+    s: &mut Session,
+    table: *mut Table<N>,
+    index: usize,
+    values: &[u64],
+    alterable: u64,
+) {
+    let neighbours =
+        [segments::descriptor(table, index - 1), segments::descriptor(table, index + 1)];
     for value in values {
         s.call(
             Arguments::NONE
@@ -136,12 +155,26 @@ unsafe extern "C" fn load_es() {
 pub(crate) fn WriteGDTEntry(s: &mut Session) {
     s.each(|s| {
         let index = usize::from(SPARE >> 3);
-        write_entries(s, &raw mut GDT, index, &[0, KERNEL_DATA_DESCRIPTOR, USER_DATA_DESCRIPTOR], ALTERABLE);
-        let outcome = run_own(load_es, Registers { eax: u32::from(SPARE | 3), ..Registers::default() }, &[]);
-        s.expect(outcome.trap.is_none(), format_args!("the written descriptor cannot be loaded and used"));
+        write_entries(
+            s,
+            &raw mut GDT,
+            index,
+            &[0, KERNEL_DATA_DESCRIPTOR, USER_DATA_DESCRIPTOR],
+            ALTERABLE,
+        );
+        let outcome =
+            run_own(load_es, Registers { eax: u32::from(SPARE | 3), ..Registers::default() }, &[]);
+        s.expect(
+            outcome.trap.is_none(),
+            format_args!("the written descriptor cannot be loaded and used"),
+        );
         write_entries(s, &raw mut GDT, index, &[0], 0);
-        let outcome = run_own(load_es, Registers { eax: u32::from(SPARE | 3), ..Registers::default() }, &[]);
-        s.expect(outcome.trap.is_some(), format_args!("the cleared descriptor can still be loaded"));
+        let outcome =
+            run_own(load_es, Registers { eax: u32::from(SPARE | 3), ..Registers::default() }, &[]);
+        s.expect(
+            outcome.trap.is_some(),
+            format_args!("the cleared descriptor can still be loaded"),
+        );
     });
 }
 
@@ -165,9 +198,14 @@ pub(crate) fn WriteLDTEntry(s: &mut Session) {
             u32::from(LOCAL_DATA),
         ];
         let outcome = run_user(Registers::default(), &frame);
-        let arrived = outcome.trap.map(|trap| (trap.frame.vector, trap.frame.cs & 0xffff, trap.frame.ss & 0xffff));
+        let arrived = outcome
+            .trap
+            .map(|trap| (trap.frame.vector, trap.frame.cs & 0xffff, trap.frame.ss & 0xffff));
         let wanted = (traps::SYSTEM_CALL, u32::from(LOCAL_CODE), u32::from(LOCAL_DATA));
-        s.expect(arrived == Some(wanted), format_args!("a process in the LDT came back with {arrived:x?}, not {wanted:x?}"));
+        s.expect(
+            arrived == Some(wanted),
+            format_args!("a process in the LDT came back with {arrived:x?}, not {wanted:x?}"),
+        );
         processor::set_ldt(0);
         for index in [code, data] {
             s.call(entry_arguments((&raw mut LDT) as u32, index, 0));
@@ -195,7 +233,10 @@ pub(crate) fn WriteIDTEntry(s: &mut Session) {
         write_entries(s, &raw mut IDT, index, &[0, another], 0);
         let outcome = run_own(raise_spare, Registers::default(), &[]);
         let vector = outcome.trap.map(|trap| trap.frame.vector);
-        s.expect(vector == Some(ANOTHER as u32), format_args!("the written gate led to {vector:x?}, not to the new handler"));
+        s.expect(
+            vector == Some(ANOTHER as u32),
+            format_args!("the written gate led to {vector:x?}, not to the new handler"),
+        );
         write_entries(s, &raw mut IDT, index, &[own], 0);
     });
 }
@@ -204,15 +245,35 @@ pub(crate) fn UpdateKernelStack(s: &mut Session) {
     place_user_code(&COME_BACK);
     let own = suite::trap_stack_top();
     s.each(|s| {
-        for (passed, esp0) in [((&raw const TASK_STATE) as u32, own - 4096), (u32::from(KERNEL_DATA), own - 8192)] {
+        for (passed, esp0) in
+            [((&raw const TASK_STATE) as u32, own - 4096), (u32::from(KERNEL_DATA), own - 8192)]
+        {
             s.call(Arguments::NONE.eax(passed).edx(esp0));
-            s.equal("esp0 of the current task state segment", segments::kernel_stack(&raw const TASK_STATE), esp0);
-            s.equal("esp0 of another task state segment", segments::kernel_stack(&raw const OTHER_TASK_STATE), own);
+            s.equal(
+                "esp0 of the current task state segment",
+                segments::kernel_stack(&raw const TASK_STATE),
+                esp0,
+            );
+            s.equal(
+                "esp0 of another task state segment",
+                segments::kernel_stack(&raw const OTHER_TASK_STATE),
+                own,
+            );
             // The frame of an entry from ring 3 is the top of that stack: SS is its last word.
-            let frame = [USER_CODE, 0x73, FIXED_FLAG | INTERRUPT_FLAG, USER_STACK_TOP, u32::from(USER_DATA)];
+            let frame = [
+                USER_CODE,
+                0x73,
+                FIXED_FLAG | INTERRUPT_FLAG,
+                USER_STACK_TOP,
+                u32::from(USER_DATA),
+            ];
             run_user(Registers::default(), &frame);
             let pushed = read(esp0 - 4).unwrap_or(0);
-            s.equal("SS on the new stack after an entry from ring 3", pushed & 0xffff, u32::from(USER_DATA));
+            s.equal(
+                "SS on the new stack after an entry from ring 3",
+                pushed & 0xffff,
+                u32::from(USER_DATA),
+            );
         }
         segments::set_kernel_stack(own);
     });

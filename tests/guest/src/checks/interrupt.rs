@@ -22,7 +22,10 @@ pub(super) fn has_sysenter() -> bool {
 /// Runs a call while IRQ 0 is pending and its line open; answers how often it was delivered.
 fn with_pending_interrupt(s: &mut Session, arguments: Arguments) -> u32 {
     if !devices::make_timer_pending() {
-        s.expect(false, format_args!("the machine's timer raises no interrupt: nothing can be tested"));
+        s.expect(
+            false,
+            format_args!("the machine's timer raises no interrupt: nothing can be tested"),
+        );
     }
     let before = traps::interrupts();
     devices::enable_timer_line(true);
@@ -53,9 +56,11 @@ fn first_on_the_sysenter_path(s: &mut Session) {
     place_user_code(&SYSENTER);
     let site = s.write_site(s.target());
     let stack = suite::trap_stack_top();
-    for (register, value) in
-        [(IA32_SYSENTER_CS, u32::from(KERNEL_CODE)), (IA32_SYSENTER_ESP, stack), (IA32_SYSENTER_EIP, site)]
-    {
+    for (register, value) in [
+        (IA32_SYSENTER_CS, u32::from(KERNEL_CODE)),
+        (IA32_SYSENTER_ESP, stack),
+        (IA32_SYSENTER_EIP, site),
+    ] {
         processor::wrmsr(register, u64::from(value));
     }
     let before = Registers {
@@ -105,11 +110,16 @@ pub(crate) fn SetInterruptMask(s: &mut Session) {
     s.each(|s| {
         let others = s.variant.eflags & !INTERRUPT_FLAG;
         for wanted in [INTERRUPT_FLAG, 0] {
-            let Outcome { after, .. } = s.call_changing(Arguments::NONE.eax(others | wanted), INTERRUPT_FLAG);
+            let Outcome { after, .. } =
+                s.call_changing(Arguments::NONE.eax(others | wanted), INTERRUPT_FLAG);
             s.equal("IF", after.eflags & INTERRUPT_FLAG, wanted);
             if s.variant.eflags & INTERRUPT_FLAG == 0 {
                 let delivered = with_pending_interrupt(s, Arguments::NONE.eax(others | wanted));
-                s.equal("interrupts delivered of one that was pending", delivered, u32::from(wanted != 0));
+                s.equal(
+                    "interrupts delivered of one that was pending",
+                    delivered,
+                    u32::from(wanted != 0),
+                );
             }
         }
     });

@@ -6,8 +6,8 @@
 use super::{read, run_own};
 use crate::harness::{Outcome, Registers};
 use crate::paging::{
-    self, ACCESSED, DIRTY, GLOBAL, Mode, NO_EXECUTE, PAGE, Space, TEST_AREA, TEST_FRAMES, WRITE, has_global_pages,
-    has_no_execute,
+    self, ACCESSED, DIRTY, GLOBAL, Mode, NO_EXECUTE, PAGE, Space, TEST_AREA, TEST_FRAMES, WRITE,
+    has_global_pages, has_no_execute,
 };
 use crate::processor;
 use crate::session::{Arguments, Session};
@@ -73,7 +73,10 @@ fn words_are(s: &mut Session, wanted: &[u32; 8]) {
     for (index, wanted) in wanted.iter().enumerate() {
         s.expect(
             word(index) == *wanted,
-            format_args!("word {index} around the entry is {:#x}, must be {wanted:#x}", word(index)),
+            format_args!(
+                "word {index} around the entry is {:#x}, must be {wanted:#x}",
+                word(index)
+            ),
         );
     }
 }
@@ -85,7 +88,10 @@ fn sees(s: &mut Session, index: usize, when: &str) {
             found == MARKS[index],
             format_args!("{when} the page shows {found:#x}, must show {:#x}", MARKS[index]),
         ),
-        Err(trap) => s.expect(false, format_args!("{when} the page faults with error {:#x}", trap.frame.error)),
+        Err(trap) => s.expect(
+            false,
+            format_args!("{when} the page faults with error {:#x}", trap.frame.error),
+        ),
     }
 }
 
@@ -93,7 +99,10 @@ fn sees(s: &mut Session, index: usize, when: &str) {
 fn sees_nothing(s: &mut Session, when: &str) {
     let trap = read(TEST_AREA).err();
     let fault = trap.map(|trap| (trap.frame.vector, trap.address));
-    s.expect(fault == Some((traps::PAGE_FAULT, TEST_AREA)), format_args!("{when} reading raised {fault:x?}, not a page fault"));
+    s.expect(
+        fault == Some((traps::PAGE_FAULT, TEST_AREA)),
+        format_args!("{when} reading raised {fault:x?}, not a page fault"),
+    );
 }
 
 /// The flags of calls that store or announce an entry.
@@ -144,7 +153,12 @@ fn faults_and_goes_on(s: &mut Session, call: impl FnOnce(&mut Session, u32, u32)
     call(s, address, value);
     s.demand = None;
     let stored = read(address).ok();
-    s.expect(stored == Some(value), format_args!("after a page fault in the call memory holds {stored:x?}, must hold {value:#x}"));
+    s.expect(
+        stored == Some(value),
+        format_args!(
+            "after a page fault in the call memory holds {stored:x?}, must hold {value:#x}"
+        ),
+    );
     empty_entry(s);
 }
 
@@ -187,7 +201,10 @@ fn set_long(s: &mut Session, value: u64, entry: u32, flags: u32) {
     s.call(Arguments::NONE.eax(value as u32).edx((value >> 32) as u32).ecx(entry).stack(&[flags]));
     s.watch = None;
     let torn = watched().torn.take();
-    s.expect(torn.is_none(), format_args!("between {old:#x} and {value:#x} the entry was {torn:x?}: torn"));
+    s.expect(
+        torn.is_none(),
+        format_args!("between {old:#x} and {value:#x} the entry was {torn:x?}: torn"),
+    );
 }
 
 pub(crate) fn SetPxELong(s: &mut Session) {
@@ -279,11 +296,17 @@ fn translate(s: &mut Session, other: vmi_abi::CallNumber) {
                 let routine = unsafe {
                     core::mem::transmute::<usize, unsafe extern "C" fn()>(answer.eip.get() as usize)
                 };
-                run_own(routine, Registers { eax: there, ..Registers::default() }, &[]).after.registers.eax
+                run_own(routine, Registers { eax: there, ..Registers::default() }, &[])
+                    .after
+                    .registers
+                    .eax
             } else {
                 there
             };
-            s.expect(back == frame, format_args!("frame {frame:#x} became {there:#x} and then {back:#x}"));
+            s.expect(
+                back == frame,
+                format_args!("frame {frame:#x} became {there:#x} and then {back:#x}"),
+            );
         }
     });
 }
@@ -306,7 +329,10 @@ fn frames_keep_their_marks(s: &mut Session) {
     for (index, mark) in MARKS.into_iter().enumerate() {
         let linear = (&raw const TEST_FRAMES) as u32 + index as u32 * PAGE;
         let found = read(linear).ok();
-        s.expect(found == Some(mark), format_args!("the announced page holds {found:x?}, must hold {mark:#x}"));
+        s.expect(
+            found == Some(mark),
+            format_args!("the announced page holds {found:x?}, must hold {mark:#x}"),
+        );
     }
 }
 
@@ -315,8 +341,11 @@ pub(crate) fn AllocatePage(s: &mut Session) {
     s.each(|s| {
         let plain = page_flags(s);
         let clone = PageFlags::PD.bits() | PageFlags::CLONE.bits() | plain & PageFlags::PAE.bits();
-        for (flags, source, start, count) in [(plain, 0, 0, 0), (clone, frame(1) / PAGE, 768, 256)] {
-            s.call(Arguments::NONE.eax(frame(0) / PAGE).edx(flags).ecx(source).stack(&[start, count]));
+        for (flags, source, start, count) in [(plain, 0, 0, 0), (clone, frame(1) / PAGE, 768, 256)]
+        {
+            s.call(
+                Arguments::NONE.eax(frame(0) / PAGE).edx(flags).ecx(source).stack(&[start, count]),
+            );
             frames_keep_their_marks(s);
         }
     });
@@ -355,7 +384,9 @@ pub(crate) fn FlushTLB(s: &mut Session) {
     s.each(|s| {
         let (tlb, global) = (FlushFlags::TLB.bits(), FlushFlags::GLOBAL.bits());
         let global_bit = if has_global_pages() { GLOBAL } else { 0 };
-        for (flags, bits) in [(tlb, 0), (global, 0), (global, global_bit), (tlb | global, global_bit)] {
+        for (flags, bits) in
+            [(tlb, 0), (global, 0), (global, global_bit), (tlb | global, global_bit)]
+        {
             let (cr3, cr4) = (processor::cr3(), processor::cr4());
             make_stale(s, bits);
             s.call(Arguments::NONE.eax(flags));
@@ -396,7 +427,14 @@ pub(crate) fn SetLazyMode(s: &mut Session) {
     mark_frames();
     s.each(|s| {
         // Lazy modes exclude each other, and 0 to 1 can come twice.
-        for mode in [LazyMode::MMU, LazyMode::MMU, LazyMode::OFF, LazyMode::CPU, LazyMode::OFF, LazyMode::OFF] {
+        for mode in [
+            LazyMode::MMU,
+            LazyMode::MMU,
+            LazyMode::OFF,
+            LazyMode::CPU,
+            LazyMode::OFF,
+            LazyMode::OFF,
+        ] {
             s.call(Arguments::NONE.eax(mode.0));
         }
         // What was written meanwhile is visible when the mode is left.

@@ -4,9 +4,14 @@
 //! reach it byte by byte on consecutive ports, as on the ISA bus.
 
 #![expect(non_snake_case, reason = "the specification's names")]
-#![expect(unsafe_code, reason = "UNSAFETY: a buffer that the processor's string instructions read and write")]
+#![expect(
+    unsafe_code,
+    reason = "UNSAFETY: a buffer that the processor's string instructions read and write"
+)]
 
-use crate::console::{COM1, DATA_READY, LINE_STATUS, LOOPBACK, MODEM_CONTROL, READY, SCRATCH, drain};
+use crate::console::{
+    COM1, DATA_READY, LINE_STATUS, LOOPBACK, MODEM_CONTROL, READY, SCRATCH, drain,
+};
 use crate::processor::{inb, outb};
 use crate::session::{Arguments, Session};
 
@@ -37,7 +42,11 @@ fn input(s: &mut Session, size: u32) {
                 s.equal("EAX above what was read", eax >> (size * 8), 0);
             }
             if size == 4 {
-                s.equal("the first byte read, of the modem control register", eax & 0xff, u32::from(READY));
+                s.equal(
+                    "the first byte read, of the modem control register",
+                    eax & 0xff,
+                    u32::from(READY),
+                );
             }
         }
     });
@@ -91,10 +100,17 @@ fn string_input(s: &mut Session, size: u32) {
             s.equal("ECX", outcome.after.registers.ecx, 0);
             for item in 0..count {
                 let last = 8 + item * size + size - 1;
-                s.expect(byte(last) == mark, format_args!("item {item} ends in {:#x}, must end in {mark:#x}", byte(last)));
+                s.expect(
+                    byte(last) == mark,
+                    format_args!("item {item} ends in {:#x}, must end in {mark:#x}", byte(last)),
+                );
             }
             s.equal("the byte before the buffer", u32::from(byte(7)), u32::from(UNTOUCHED));
-            s.equal("the byte behind the buffer", u32::from(byte(8 + count * size)), u32::from(UNTOUCHED));
+            s.equal(
+                "the byte behind the buffer",
+                u32::from(byte(8 + count * size)),
+                u32::from(UNTOUCHED),
+            );
         }
     });
 }
@@ -142,7 +158,10 @@ pub(crate) fn INSB(s: &mut Session) {
             s.call(Arguments::NONE.edx(u32::from(COM1)).edi(buffer() as u32).ecx(COUNT));
         });
         for item in 0..COUNT {
-            s.expect(byte(item) == item as u8 + 1, format_args!("byte {item} received is {:#x}", byte(item)));
+            s.expect(
+                byte(item) == item as u8 + 1,
+                format_args!("byte {item} received is {:#x}", byte(item)),
+            );
         }
     });
 }
@@ -181,7 +200,10 @@ pub(crate) fn OUTSB(s: &mut Session) {
             }
         });
         let wanted = core::array::from_fn(|index| index as u8 + 1);
-        s.expect(received == wanted, format_args!("the port sent {received:?}, must send {wanted:?}"));
+        s.expect(
+            received == wanted,
+            format_args!("the port sent {received:?}, must send {wanted:?}"),
+        );
     });
 }
 

@@ -13,7 +13,10 @@ pub(crate) fn Reboot(_s: &mut Session) {}
 pub(crate) fn reboot(s: &mut Session, kind: RebootKind) {
     let (_, outcome) = s.enter(Arguments::NONE.eax(kind.0));
     let exception = outcome.trap.map(|trap| trap.frame.vector);
-    s.expect(false, format_args!("kind {} did not reset the machine; exception: {exception:?}", kind.0));
+    s.expect(
+        false,
+        format_args!("kind {} did not reset the machine; exception: {exception:?}", kind.0),
+    );
 }
 
 /// Only what cannot be masked wakes a processor that is off: the timer's line, wired as an NMI.

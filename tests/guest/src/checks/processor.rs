@@ -16,8 +16,18 @@ use x86::msr::{IA32_PAT, IA32_SYSENTER_ESP};
 const TASK_SWITCHED: u32 = Cr0::CR0_TASK_SWITCHED.bits() as u32;
 
 /// Leaves on which all processors agree with themselves, and a subleaf where one counts.
-const LEAVES: [(u32, u32); 7] =
-    [(0, 0), (1, 0), (4, 0), (4, 1), (0x4000_0000, 0), (0x8000_0000, 0), (0x8000_0001, 0)];
+const LEAVES: [(u32, u32); 10] = [
+    (0, 0),
+    (1, 0),
+    (4, 0),
+    (4, 1),
+    (7, 0),
+    (0xd, 0),
+    (0xd, 2),
+    (0x4000_0000, 0),
+    (0x8000_0000, 0),
+    (0x8000_0001, 0),
+];
 
 pub(crate) fn CPUID(s: &mut Session) {
     s.each(|s| {
@@ -28,7 +38,7 @@ pub(crate) fn CPUID(s: &mut Session) {
             for (index, name) in ["EAX", "EBX", "ECX", "EDX"].into_iter().enumerate() {
                 let (found, hardware) = (found[index], hardware[index]);
                 // Features may be missing, but none may be invented.
-                let is_features = matches!(leaf, 1 | 0x8000_0001) && index >= 2;
+                let is_features = matches!((leaf, index), (1 | 0x8000_0001, 2..) | (7, 1..));
                 let holds = if is_features { found & !hardware == 0 } else { found == hardware };
                 s.expect(holds, format_args!("leaf {leaf:#x}, {subleaf}: {name} is {found:#x}, the processor's {hardware:#x}"));
             }
@@ -40,9 +50,8 @@ pub(crate) fn CPUID(s: &mut Session) {
 fn model_specific(s: &mut Session) -> [(u32, u64); 2] {
     // Each byte of the page attribute table holds a memory type; 0, 4, 6 and 7 exist everywhere.
     let types = s.random();
-    let attributes = (0..8).fold(0, |table, index| {
-        table << 8 | [0_u64, 4, 6, 7][(types >> (index * 2) & 3) as usize]
-    });
+    let attributes = (0..8)
+        .fold(0, |table, index| table << 8 | [0_u64, 4, 6, 7][(types >> (index * 2) & 3) as usize]);
     [(IA32_SYSENTER_ESP, u64::from(s.random())), (IA32_PAT, attributes)]
 }
 
@@ -52,7 +61,10 @@ pub(crate) fn WRMSR(s: &mut Session) {
             let old = processor::rdmsr(register);
             s.call(Arguments::NONE.eax(value as u32).edx((value >> 32) as u32).ecx(register));
             let found = processor::rdmsr(register);
-            s.expect(found == value, format_args!("register {register:#x} is {found:#x}, must be {value:#x}"));
+            s.expect(
+                found == value,
+                format_args!("register {register:#x} is {found:#x}, must be {value:#x}"),
+            );
             processor::wrmsr(register, old);
         }
     });
@@ -162,12 +174,16 @@ extern "C" fn write_watched() {
 }
 
 pub(crate) fn SetDR(s: &mut Session) {
-    const READERS: [fn() -> u32; 4] = [processor::dr0, processor::dr1, processor::dr2, processor::dr3];
+    const READERS: [fn() -> u32; 4] =
+        [processor::dr0, processor::dr1, processor::dr2, processor::dr3];
     s.each(|s| {
         for (register, read) in READERS.into_iter().enumerate() {
             let value = s.random();
             s.call(Arguments::NONE.eax(register as u32).edx(value));
-            s.expect(read() == value, format_args!("DR{register} is {:#x}, must be {value:#x}", read()));
+            s.expect(
+                read() == value,
+                format_args!("DR{register} is {:#x}, must be {value:#x}", read()),
+            );
         }
         if s.variant.traced {
             return; // Stepping uses DR6, and what DR7 watches would interfere.
@@ -181,14 +197,18 @@ pub(crate) fn SetDR(s: &mut Session) {
         s.equal("DR7", processor::dr7(), WATCH_WRITES);
         let outcome = run_own(write_watched, Registers::default(), &[]);
         let vector = outcome.trap.map(|trap| trap.frame.vector);
-        s.expect(vector == Some(traps::DEBUG), format_args!("a write to the watched word raised {vector:?}, not a debug exception"));
+        s.expect(
+            vector == Some(traps::DEBUG),
+            format_args!("a write to the watched word raised {vector:?}, not a debug exception"),
+        );
         processor::set_dr7(NOTHING_WATCHED);
         processor::set_dr6(0);
     });
 }
 
 pub(crate) fn GetDR(s: &mut Session) {
-    const WRITERS: [fn(u32); 4] = [processor::set_dr0, processor::set_dr1, processor::set_dr2, processor::set_dr3];
+    const WRITERS: [fn(u32); 4] =
+        [processor::set_dr0, processor::set_dr1, processor::set_dr2, processor::set_dr3];
     s.each(|s| {
         for (register, write) in WRITERS.into_iter().enumerate() {
             let value = s.random();
@@ -215,7 +235,8 @@ pub(crate) fn RDPMC(s: &mut Session) {
     s.each(|s| {
         let own = own_code(number::RDPMC).map(|code| {
             // SAFETY: the address of a routine of the native backend.
-            let routine = unsafe { core::mem::transmute::<usize, unsafe extern "C" fn()>(code as usize) };
+            let routine =
+                unsafe { core::mem::transmute::<usize, unsafe extern "C" fn()>(code as usize) };
             run_own(routine, Registers::default(), &[])
         });
         let own_vector = own.and_then(|outcome| outcome.trap).map(|trap| trap.frame.vector);
@@ -225,10 +246,16 @@ pub(crate) fn RDPMC(s: &mut Session) {
         }
         let (_, outcome) = s.enter(Arguments::NONE.ecx(0));
         let vector = outcome.trap.map(|trap| trap.frame.vector);
-        s.expect(vector == own_vector, format_args!("raised {vector:?}, the guest's own RDPMC {own_vector:?}"));
+        s.expect(
+            vector == own_vector,
+            format_args!("raised {vector:?}, the guest's own RDPMC {own_vector:?}"),
+        );
         let eip = outcome.trap.map_or(0, |trap| trap.frame.eip);
         let target = s.target();
-        s.expect((target..target + 256).contains(&eip), format_args!("the exception is at {eip:#x}, not in the call's code"));
+        s.expect(
+            (target..target + 256).contains(&eip),
+            format_args!("the exception is at {eip:#x}, not in the call's code"),
+        );
     });
 }
 
@@ -238,7 +265,10 @@ pub(crate) fn RDTSC(s: &mut Session) {
         let Outcome { after, .. } = s.call(Arguments::NONE);
         let last = processor::rdtsc();
         let found = u64::from(after.registers.edx) << 32 | u64::from(after.registers.eax);
-        s.expect((before..=last).contains(&found), format_args!("{found} is not between {before} and {last}"));
+        s.expect(
+            (before..=last).contains(&found),
+            format_args!("{found} is not between {before} and {last}"),
+        );
     });
 }
 
@@ -254,7 +284,8 @@ pub(crate) fn CLTS(s: &mut Session) {
 
 pub(crate) fn SetInitialAPState(s: &mut Session) {
     s.each(|s| {
-        let state = ApState { eip: s.random().into(), esp: s.random().into(), ..ApState::default() };
+        let state =
+            ApState { eip: s.random().into(), esp: s.random().into(), ..ApState::default() };
         s.call(Arguments::NONE.eax((&raw const state) as u32).edx(1));
     });
 }

@@ -24,7 +24,10 @@ pub(crate) fn GetCycleCounter(s: &mut Session) {
         for counter in [CycleCounter::REAL, CycleCounter::AVAILABLE] {
             let first = long(&s.call(Arguments::NONE.eax(counter.0)));
             let second = long(&s.call(Arguments::NONE.eax(counter.0)));
-            s.expect(first <= second, format_args!("counter {} went from {first} to {second}", counter.0));
+            s.expect(
+                first <= second,
+                format_args!("counter {} went from {first} to {second}", counter.0),
+            );
         }
         s.call(Arguments::NONE.eax(CycleCounter::STOLEN.0));
         let other = long(&s.call(Arguments::NONE.eax(3)));

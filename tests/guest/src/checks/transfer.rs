@@ -19,7 +19,11 @@ use x86::msr::IA32_SYSENTER_CS;
 /// EFLAGS for the entered context: recognisable, and without interrupts or with.
 const FLAGS: [u32; 2] = [
     FIXED_FLAG | EFlags::FLAGS_CF.bits() | EFlags::FLAGS_SF.bits(),
-    FIXED_FLAG | EFlags::FLAGS_ZF.bits() | EFlags::FLAGS_OF.bits() | EFlags::FLAGS_DF.bits() | INTERRUPT_FLAG,
+    FIXED_FLAG
+        | EFlags::FLAGS_ZF.bits()
+        | EFlags::FLAGS_OF.bits()
+        | EFlags::FLAGS_DF.bits()
+        | INTERRUPT_FLAG,
 ];
 
 /// What an exception reports beyond the flags that were loaded.
@@ -52,7 +56,8 @@ fn to_the_same_ring(s: &mut Session, eflags: u32) {
 }
 
 fn to_ring_3(s: &mut Session, eflags: u32) {
-    let frame = [USER_CODE, u32::from(USER_CODE_SELECTOR), eflags, USER_STACK_TOP, u32::from(USER_DATA)];
+    let frame =
+        [USER_CODE, u32::from(USER_CODE_SELECTOR), eflags, USER_STACK_TOP, u32::from(USER_DATA)];
     let (before, outcome) = s.enter(Arguments::NONE.stack(&frame));
     arrived_in_ring_3(s, &before, &outcome, eflags);
 }
@@ -111,7 +116,10 @@ fn to_a_bad_frame(s: &mut Session) {
     let (before, outcome) = s.enter(Arguments::NONE.stack(&frame));
     let fault = outcome.trap.map(|trap| (trap.frame.vector, trap.frame.error));
     let wanted = (traps::GENERAL_PROTECTION, NO_SELECTOR & !3);
-    s.expect(fault == Some(wanted), format_args!("a bad CS raised {fault:x?}, must raise {wanted:x?}"));
+    s.expect(
+        fault == Some(wanted),
+        format_args!("a bad CS raised {fault:x?}, must raise {wanted:x?}"),
+    );
     keeps_all(s, &before, &outcome);
     s.equal("ESP at the fault, where the frame is", outcome.after.esp, before.esp);
 }
@@ -121,7 +129,10 @@ fn keeps_all(s: &mut Session, before: &Context, outcome: &Outcome) {
     s.keeps_registers(&before.registers, &outcome.after.registers);
     let limit = vmi_abi::STACK_LIMIT;
     let used = outcome.stack_used;
-    s.expect(used <= limit || s.variant.traced, format_args!("{used} bytes of stack used, {limit} are allowed"));
+    s.expect(
+        used <= limit || s.variant.traced,
+        format_args!("{used} bytes of stack used, {limit} are allowed"),
+    );
 }
 
 pub(crate) fn SYSEXIT(s: &mut Session) {
@@ -143,8 +154,15 @@ pub(crate) fn SYSEXIT(s: &mut Session) {
             devices::enable_timer_line(true);
             s.enter(arguments);
             devices::discard_interrupts();
-            s.expect(pending, format_args!("the machine's timer raises no interrupt: nothing can be tested"));
-            s.equal("interrupts delivered of one that was pending", traps::interrupts() - interrupts, 1);
+            s.expect(
+                pending,
+                format_args!("the machine's timer raises no interrupt: nothing can be tested"),
+            );
+            s.equal(
+                "interrupts delivered of one that was pending",
+                traps::interrupts() - interrupts,
+                1,
+            );
             s.equal("EIP at the interrupt", traps::last_interrupted(), USER_CODE);
         }
     });

@@ -1,0 +1,96 @@
+//! The test guest on both images: every machine, processor and place for a ROM that is supported.
+
+use anyhow::Result;
+use std::path::PathBuf;
+use xtask::artifacts::{self, Artifacts};
+use xtask::conformance;
+use xtask::qemu::{Attachment, Machine, Model};
+
+/// Runs the guest, and wants every check to hold.
+fn passes(
+    rom: impl Fn(&Artifacts) -> &PathBuf,
+    way: fn(PathBuf) -> Attachment,
+    machine: &Machine,
+) -> Result<()> {
+    let built = artifacts::ensure()?;
+    let result =
+        conformance::check(&built.emulator, &built.guest, rom(built), way, machine, |_| ())?;
+    assert_eq!(result.complaint(), None, "{}\n{}", result.run.command, result.run.serial);
+    // Both paging modes and all three places of the ROM, every call but Reboot in each.
+    assert_eq!(result.report.checks.len(), 2 * 3 * (73 + 1) + 3, "{}", result.run.command);
+    Ok(())
+}
+
+/// One test for each line: its name, the machine, the processor, the way in which the ROM gets there.
+macro_rules! machines {
+    ($( $name:ident: $model:ident, $cpu:literal, $way:ident; )*) => { $(
+        #[test]
+        fn $name() -> Result<()> {
+            let machine = Machine { model: Model::$model, cpu: $cpu.into(), ..Machine::default() };
+            passes(|built| &built.native, Attachment::$way, &machine)?;
+            passes(|built| &built.call, Attachment::$way, &machine)
+        }
+    )* };
+}
+
+machines! {
+    pc_max: Pc, "max", OptionRom;
+    pc_qemu64: Pc, "qemu64", OptionRom;
+    pc_qemu32: Pc, "qemu32", OptionRom;
+    pc_in_a_card: Pc, "max", PciRomBar;
+    q35_max: Q35, "max", OptionRom;
+    q35_qemu64: Q35, "qemu64", OptionRom;
+    q35_qemu32: Q35, "qemu32", OptionRom;
+    q35_in_a_card: Q35, "max", PciRomBar;
+    isapc_max: Isapc, "max", OptionRom;
+    isapc_qemu64: Isapc, "qemu64", OptionRom;
+    isapc_qemu32: Isapc, "qemu32", OptionRom;
+    microvm_max: Microvm, "max", OptionRom;
+    microvm_qemu64: Microvm, "qemu64", OptionRom;
+    microvm_qemu32: Microvm, "qemu32", OptionRom;
+}
+
+/// QEMU's own option ROM, and a VMI ROM of another revision, both before ours: the guest passes
+/// them over, as Linux does.
+#[test]
+fn beside_other_option_roms() -> Result<()> {
+    let built = artifacts::ensure()?;
+    let folder = tempfile::tempdir()?;
+    let older = folder.path().join("revision-13.rom");
+    let mut bytes = std::fs::read(&built.native)?;
+    bytes[std::mem::offset_of!(vmi_abi::RomHeader, api_version_maj)] = vmi_abi::REVISION_13_3.major;
+    let last = bytes.len() - 1;
+    bytes[last] =
+        bytes[last].wrapping_sub(vmi_abi::REVISION_13_3.major - vmi_abi::REVISION_3_0.major);
+    std::fs::write(&older, bytes)?;
+
+    let machine = Machine {
+        roms: vec![Attachment::OptionRom(older)],
+        extra: vec!["-device".into(), "e1000".into()],
+        ..Machine::default()
+    };
+    // The harness puts the ROM under test first; the older one must still be passed over wherever
+    // SeaBIOS puts it.
+    passes(|built| &built.native, Attachment::OptionRom, &machine)
+}
+
+/// A machine with little memory, and one with several processors.
+#[test]
+fn in_small_and_in_large_machines() -> Result<()> {
+    for (memory, processors) in [(16, 1), (1024, 4)] {
+        let machine = Machine { memory, processors, ..Machine::default() };
+        passes(|built| &built.call, Attachment::OptionRom, &machine)?;
+    }
+    Ok(())
+}
+
+/// Without a ROM there is nothing to pass.
+#[test]
+fn a_machine_without_a_rom_fails() -> Result<()> {
+    let built = artifacts::ensure()?;
+    let machine = Machine { kernel: Some(built.guest.clone()), banner: None, ..Machine::default() };
+    let run = machine.run(&built.emulator)?;
+    assert_ne!(run.outcome, xtask::qemu::Outcome::Passed);
+    assert!(run.serial.contains("Bail out! no VMI ROM of revision 3.0"), "{}", run.serial);
+    Ok(())
+}
