@@ -26,6 +26,9 @@ pub const BANNER: &str = "VMI ROM ";
 /// Vendor and device of the card that carries a ROM in its BAR, QEMU's e1000.
 const CARD: (u16, u16) = (0x8086, 0x100e);
 
+/// QEMU cuts longer paths off to name a ROM, and refuses two ROMs of one name.
+const LONGEST_PATH: usize = 40;
+
 /// A machine model of QEMU's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -206,6 +209,10 @@ impl Machine {
         add(&["-serial", "stdio", "-device", "isa-debug-exit,iobase=0xf4,iosize=4"]);
         // QEMU's own option ROM patches guest code; a test wants one patcher at a time.
         add(&["-global", "apic-common.vapic=off"]);
+        if self.model == Model::Microvm {
+            // This machine's own firmware leaves option ROMs alone; the smaller of the PC's does not.
+            add(&["-bios", "bios.bin"]);
+        }
         if self.no_reboot {
             add(&["-no-reboot"]);
         }
@@ -252,7 +259,12 @@ impl Machine {
     pub fn follow(&self, emulator: &Emulator, mut line: impl FnMut(&str)) -> Result<Run, Error> {
         let folder = tempfile::tempdir()?;
         let debug_path = folder.path().join("debug");
-        let mut arguments = self.with_card_roms(folder.path())?.arguments()?;
+        let mut arguments = self.with_copies(folder.path())?.arguments()?;
+        if self.model == Model::Microvm
+            && let Some(firmware) = emulator.microvm_firmware()
+        {
+            arguments.extend(["-bios".into(), firmware.into()]);
+        }
         let mut debug_option = OsString::from("file:");
         debug_option.push(&debug_path);
         arguments.extend(["-debugcon".into(), debug_option]);
@@ -333,14 +345,21 @@ impl Machine {
         Ok(Run { outcome, serial, debug, duration: start.elapsed(), command: words.join(" ") })
     }
 
-    /// The same machine with a copy of each ROM that goes into a card.
-    fn with_card_roms(&self, folder: &Path) -> Result<Self, Error> {
+    /// The same machine with a copy of each ROM that goes into a card, or whose path is too long.
+    fn with_copies(&self, folder: &Path) -> Result<Self, Error> {
         let mut machine = self.clone();
         for (index, rom) in machine.roms.iter_mut().enumerate() {
-            if let Attachment::PciRomBar(path) = rom {
-                let copy = folder.join(format!("card-{index}.rom"));
-                std::fs::write(&copy, image::for_card(&std::fs::read(&path)?, CARD.0, CARD.1))?;
-                *path = copy;
+            let copy = folder.join(format!("{index}.rom"));
+            match rom {
+                Attachment::PciRomBar(path) => {
+                    std::fs::write(&copy, image::for_card(&std::fs::read(&path)?, CARD.0, CARD.1))?;
+                    *path = copy;
+                }
+                Attachment::OptionRom(path) if path.as_os_str().len() > LONGEST_PATH => {
+                    std::fs::copy(&path, &copy)?;
+                    *path = copy;
+                }
+                Attachment::OptionRom(_) => {}
             }
         }
         Ok(machine)
