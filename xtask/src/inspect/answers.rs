@@ -15,7 +15,7 @@ pub const INIT_BUDGET: u64 = 1_000_000;
 pub const ASK_BUDGET: u64 = 10_000;
 
 /// Instructions that everything about one ROM may take.
-pub const FUEL: u64 = 20_000_000;
+pub const FUEL: u64 = 12_000_000;
 
 /// Offset of `vmi_init`'s entry.
 pub const VMI_INIT: usize = offset_of!(RomHeader, vmi_init);

@@ -1,6 +1,6 @@
 //! The facts about a ROM, gathered for a reader: what `inspect` prints.
 
-use super::answers::{FUEL, Table, table};
+use super::answers::{Table, table};
 use super::machine::{Code, Stop, is_system, registers::GENERAL, written};
 use super::reach::{Reach, reach};
 use super::rom::{ReadError, Rom};
@@ -19,6 +19,9 @@ const LOOKS: u64 = 64;
 
 /// Instructions of one such execution.
 const LOOK_BUDGET: u64 = 20_000;
+
+/// Instructions of all executions.
+const FUEL: u64 = 3_000_000;
 
 /// Everything about a ROM.
 #[derive(Clone, Debug, Serialize)]
