@@ -7,7 +7,8 @@ use std::env;
 use std::path::Path;
 
 fn main() {
-    let script = Path::new(&env::var("CARGO_MANIFEST_DIR").expect("set by Cargo")).join("../linker.ld");
+    let script =
+        Path::new(&env::var("CARGO_MANIFEST_DIR").expect("set by Cargo")).join("../linker.ld");
     println!("cargo::rerun-if-changed=../build.rs");
     println!("cargo::rerun-if-changed=../linker.ld");
     println!("cargo::rerun-if-env-changed=VMI_ROM_LINK_BASE");

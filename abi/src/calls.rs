@@ -770,8 +770,18 @@ mod tests {
     fn only_transfers_are_jumped_to_and_they_have_no_native_code_left() {
         for call in CALLS_3_0 {
             let Contract { answers, ending, .. } = call.contract;
-            assert_eq!(answers.contains(Answers::JUMP_REL), ending == Ending::Transfers, "{}", call.name);
-            assert_eq!(!answers.contains(Answers::NONE), ending == Ending::Transfers, "{}", call.name);
+            assert_eq!(
+                answers.contains(Answers::JUMP_REL),
+                ending == Ending::Transfers,
+                "{}",
+                call.name
+            );
+            assert_eq!(
+                !answers.contains(Answers::NONE),
+                ending == Ending::Transfers,
+                "{}",
+                call.name
+            );
         }
     }
 
@@ -786,7 +796,8 @@ mod tests {
 
     #[test]
     fn stack_arguments_are_counted() {
-        let words = |number: CallNumber| number.call().expect("in the table").contract.stack_words();
+        let words =
+            |number: CallNumber| number.call().expect("in the table").contract.stack_words();
         assert_eq!(words(number::WriteGDTEntry), 1);
         assert_eq!(words(number::AllocatePage), 2);
         assert_eq!(words(number::SetAlarm), 2);

@@ -24,7 +24,9 @@ pub const SLOT_COUNT: usize = 128;
 pub const ENTRY_SIZE: usize = 8;
 
 /// The header of revision 3.0. Revision 13.x uses the first 32 bytes alike and puts code slots from 80h.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
+)]
 #[repr(C)]
 pub struct RomHeader {
     /// [`ROM_SIGNATURE`].
@@ -88,7 +90,9 @@ pub const PCI_VENDOR: u16 = 0x15ad;
 pub const PCI_DEVICE: u16 = 0x0801;
 
 /// The PCI data structure, as the PCI firmware specification 3.0 has it in section 5.1.2.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
+)]
 #[repr(C)]
 pub struct PciHeader {
     /// [`PCI_SIGNATURE`].
@@ -135,7 +139,9 @@ pub const PNP_SIGNATURE: [u8; 4] = *b"$PnP";
 /// The expansion header, as the Plug and Play BIOS specification 1.0A has it in section 3.2.
 ///
 /// With it SeaBIOS runs the 16-bit entry at POST, without it late, just before boot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
+)]
 #[repr(C)]
 pub struct PnpHeader {
     /// [`PNP_SIGNATURE`].

@@ -5,7 +5,8 @@
 
 use crate::Revision;
 use crate::header::{
-    ACCEPTED_LICENSES, LENGTH_UNIT, PCI_SIGNATURE, PciHeader, ROM_SIGNATURE, RomHeader, VMI_SIGNATURE,
+    ACCEPTED_LICENSES, LENGTH_UNIT, PCI_SIGNATURE, PciHeader, ROM_SIGNATURE, RomHeader,
+    VMI_SIGNATURE,
 };
 use core::fmt;
 use core::ops::Range;

@@ -4,7 +4,10 @@
 //! each routine repeats the registers for the reader. CS and SS are flat always, DS and ES wherever
 //! the contract says so. A routine that needs more than its registers uses the caller's stack.
 
-#![expect(unsafe_code, reason = "UNSAFETY: a naked routine is an `unsafe` attribute and body by nature")]
+#![expect(
+    unsafe_code,
+    reason = "UNSAFETY: a naked routine is an `unsafe` attribute and body by nature"
+)]
 #![expect(non_snake_case, reason = "the specification's names")]
 
 /// Defines naked routines from their instructions.

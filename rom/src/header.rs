@@ -7,11 +7,11 @@
 
 use core::arch::global_asm;
 use core::mem::{offset_of, size_of};
+use vmi_abi::REVISION_3_0;
 use vmi_abi::header::{
     PCI_DEVICE, PCI_LAST_IMAGE, PCI_SIGNATURE, PCI_VENDOR, PNP_SIGNATURE, PciHeader, PnpHeader,
     ROM_SIGNATURE, RomHeader, VMI_SIGNATURE,
 };
-use vmi_abi::REVISION_3_0;
 use vmi_native_backend::calls::initialize;
 
 /// The native ROM needs no hole at the top of the guest's linear space.

@@ -39,7 +39,8 @@ pub fn workspace() -> PathBuf {
         .map(PathBuf::from)
         .unwrap_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")));
     let top = |start: &Path| {
-        let is_top = |folder: &&Path| folder.join("linker.ld").is_file() && folder.join("rom").is_dir();
+        let is_top =
+            |folder: &&Path| folder.join("linker.ld").is_file() && folder.join("rom").is_dir();
         start.ancestors().find(is_top).map(Path::to_owned)
     };
     top(&package).or_else(|| top(Path::new(env!("CARGO_MANIFEST_DIR")))).unwrap_or(package)

@@ -260,11 +260,6 @@ impl Machine {
         let folder = tempfile::tempdir()?;
         let debug_path = folder.path().join("debug");
         let mut arguments = self.with_copies(folder.path())?.arguments()?;
-        if self.model == Model::Microvm
-            && let Some(firmware) = emulator.microvm_firmware()
-        {
-            arguments.extend(["-bios".into(), firmware.into()]);
-        }
         let mut debug_option = OsString::from("file:");
         debug_option.push(&debug_path);
         arguments.extend(["-debugcon".into(), debug_option]);

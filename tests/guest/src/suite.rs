@@ -40,9 +40,9 @@ const TESTING: u32 = 0;
 const SOFT_RESET: u32 = 1;
 const HARD_RESET: u32 = 2;
 
-/// The record's physical address: above the guest's image, below the end of a 16 MiB machine, and
-/// nothing that a BIOS touches.
-const RECORD: u32 = 0xff_f000;
+/// The record's physical address: above the guest's image, and below what a BIOS keeps at the end of
+/// memory, even of 16 MiB.
+const RECORD: u32 = 0x80_0000;
 
 impl Record {
     fn pointer() -> *mut Self {
