@@ -84,6 +84,9 @@ pub struct Machine {
     pub append: Option<String>,
     /// End when the guest resets the machine.
     pub no_reboot: bool,
+    /// Let the machine's time pass by instructions instead of the host's clock: timers then come at
+    /// the same instructions however busy the host is.
+    pub steady_time: bool,
     /// Further arguments.
     pub extra: Vec<OsString>,
     /// How long the run may take.
@@ -106,6 +109,7 @@ impl Default for Machine {
             initrd: None,
             append: None,
             no_reboot: true,
+            steady_time: true,
             extra: Vec::new(),
             limit: Duration::from_secs(60),
             marker: "# vmi-guest: all ".into(),
@@ -212,6 +216,10 @@ impl Machine {
         if self.model == Model::Microvm {
             // This machine's own firmware leaves option ROMs alone; the smaller of the PC's does not.
             add(&["-bios", "bios.bin"]);
+        }
+        if self.steady_time {
+            // Eight nanoseconds an instruction; a halted processor skips to the next timer.
+            add(&["-icount", "shift=3,sleep=off"]);
         }
         if self.no_reboot {
             add(&["-no-reboot"]);
