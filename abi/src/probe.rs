@@ -1,7 +1,9 @@
 //! How a guest recognises a ROM.
 //!
-//! [`probe`] judges one candidate as Linux 2.6.21 to 2.6.36 does, [`scan`] walks the option-ROM area
-//! as they do. The firmware verifies the checksum; no guest does, so neither do these.
+//! [`probe`] judges one candidate by what Linux 2.6.21 to 2.6.36 looks at: signatures, revision, a
+//! `PCIR` structure, the licence. Linux believes the length byte and whatever the offsets point to;
+//! here they must hold, so that a reader may follow them. [`scan`] walks the option-ROM area as
+//! Linux does. The firmware verifies the checksum; no guest does, so neither do these.
 
 use crate::Revision;
 use crate::header::{

@@ -82,7 +82,7 @@ global_asm!(
     "license: .asciz \"GPL v2\"",
     "manufacturer: .asciz \"open VMI ROM\"",
     concat!("product: .asciz \"native backend ", env!("CARGO_PKG_VERSION"), "\""),
-    "copyright: .asciz \"MIT OR GPL-2.0-only\"",
+    "copyright: .asciz \"Copyright the open VMI ROM authors, MIT OR GPL-2.0-only\"",
     ".popsection",
 
     rom_signature = const ROM_SIGNATURE,

@@ -38,6 +38,7 @@ macro_rules! emit_table {
             ".pushsection .rom.table, \"ax\", @progbits",
             // In: EAX = call number. Out: EAX = linear address, EDX = type; both 0 for a call that
             // is answered NONE, and for a number beyond the table. Changes ECX, flags.
+            ".type get_reloc, @function",
             "get_reloc:",
             "call 1f",
             "1: popl %ecx",
@@ -53,6 +54,7 @@ macro_rules! emit_table {
             "2: xorl %eax, %eax",
             "xorl %edx, %edx",
             "retl",
+            ".size get_reloc, . - get_reloc",
             ".balign {row}",
             "rows:",
             concat!($(

@@ -124,6 +124,18 @@ pub fn rom(tools: &Tools, bind: Bind) -> Result<Rom> {
     Ok(Rom { path, elf, bind, image })
 }
 
+/// Writes a copy of an image for the expansion ROM of a PCI card, beside the image.
+///
+/// # Errors
+///
+/// The file cannot be written.
+pub fn write_for_card(rom: &Rom, vendor: u16, device: u16) -> Result<PathBuf> {
+    let name = format!("{}-{vendor:04x}-{device:04x}.rom", rom_name(rom.bind));
+    let path = rom.path.with_file_name(name);
+    write(&path, &image::for_card(&rom.image.bytes, vendor, device))?;
+    Ok(path)
+}
+
 /// Builds the test guest.
 ///
 /// # Errors

@@ -28,7 +28,10 @@ routines! {
         "ret",
     }
 
-    /// EAX, an EFLAGS image; changes flags.
+    /// EAX, an EFLAGS image as GetInterruptMask answered it; changes flags.
+    ///
+    /// POPF loads all of the image, as the native code of every kernel here does: a caller that
+    /// makes up the other bits gets what it asked for.
     SetInterruptMask {
         "push eax",
         "popfd",

@@ -139,6 +139,9 @@ const STACK_WORDS: usize = 2048;
 /// The words of a painted stack. No call has a reason to store this one.
 const PAINT: u32 = 0x5aa5_c33c;
 
+/// Bytes of a return address. The switch pushes the flags into the same word on its way.
+const RETURN_ADDRESS: u32 = 4;
+
 /// Words above the arguments that belong to the caller.
 const CALLER_WORDS: usize = 16;
 
@@ -217,15 +220,16 @@ pub(crate) fn run(entry: &Entry<'_>) -> Outcome {
     let used = (0..first)
         .find(|index| word(*index) != PAINT)
         .map_or(0, |lowest| (first - lowest) * 4) as u32;
-    // The switch itself pushed the flags into the word where a return address goes.
+    let stack_used = match (entry.by_call, used) {
+        (true, _) => used.saturating_sub(RETURN_ADDRESS),
+        // Only the switch's own flags, which it pushed and popped.
+        (false, RETURN_ADDRESS) => 0,
+        (false, _) => used,
+    };
     Outcome {
         after: state.leave,
         trap: observer.trap,
-        stack_used: if entry.by_call {
-            used.saturating_sub(4)
-        } else {
-            if used == 4 { 0 } else { used }
-        },
+        stack_used,
         caller_stack_changed: (STACK_WORDS - CALLER_WORDS..STACK_WORDS)
             .any(|index| word(index) != PAINT),
         instructions: observer.instructions,

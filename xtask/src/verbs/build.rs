@@ -19,6 +19,20 @@ pub struct Args {
     /// What the image answers: what is fastest for the guest, CALL_REL wherever it may, or one image of each.
     #[arg(long, value_enum, default_value_t = Binding::Both)]
     bind: Binding,
+
+    /// Also write a copy of each image for the expansion ROM of a PCI card, here the card's vendor
+    /// and device in hexadecimal: 8086:100e is QEMU's e1000. SeaBIOS starts no other ROM from a
+    /// card than one with the card's own numbers.
+    #[arg(long, value_name = "VENDOR:DEVICE", value_parser = card)]
+    card: Option<(u16, u16)>,
+}
+
+/// Reads `VENDOR:DEVICE`.
+fn card(text: &str) -> Result<(u16, u16), String> {
+    let number = |digits: &str| u16::from_str_radix(digits, 16).ok();
+    text.split_once(':')
+        .and_then(|(vendor, device)| Some((number(vendor)?, number(device)?)))
+        .ok_or_else(|| "not two hexadecimal numbers like 8086:100e".into())
 }
 
 /// Which images to build.
@@ -78,6 +92,12 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         ]);
     }
     anstream::print!("{}", table.render());
+    if let Some((vendor, device)) = args.card {
+        for rom in &roms {
+            let path = build::write_for_card(rom, vendor, device)?;
+            anstream::println!("{}", build::shown(&path));
+        }
+    }
     let by = format!("by {} and {}", tools.compiler, tools.linker);
     anstream::println!("{}{by}{}", DIM.render(), DIM.render_reset());
 

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-/// Show a ROM's header and call table, found by executing the ROM's own code
+/// Shows a ROM's header and call table, found by executing the ROM's own code
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// A VMI ROM of revision 3.0

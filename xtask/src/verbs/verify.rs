@@ -6,7 +6,7 @@ use anyhow::Result;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-/// Hold a ROM against the contract: exit 0 if it is clean, 1 with every violation, 2 if it cannot be read
+/// Holds a ROM against the contract: exit 0 if it is clean, 1 with every violation, 2 if it cannot be read
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// A VMI ROM of revision 3.0
