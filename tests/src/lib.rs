@@ -68,6 +68,19 @@ impl Specimen {
         Ok(image::finish(&bytes, bytes.len())?)
     }
 
+    /// The image with NOP for an answer to each of these calls.
+    ///
+    /// # Errors
+    ///
+    /// The image cannot be finished.
+    pub fn with_nop(&self, calls: impl IntoIterator<Item = CallNumber>) -> Result<Vec<u8>> {
+        let mut bytes = self.bytes.clone();
+        for call in calls {
+            bytes[self.row(call) + 4] = RelocationType::NOP.0;
+        }
+        Ok(image::finish(&bytes, bytes.len())?)
+    }
+
     /// The image with other code for a call, behind all that is there. `write` is told where the
     /// original code is, and may jump to it.
     ///

@@ -9,7 +9,7 @@ use iced_x86::code_asm::registers::gpr32::*;
 use iced_x86::code_asm::*;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
-use vmi_abi::{CallNumber, RelocationType, number};
+use vmi_abi::{Answers, CALLS_3_0, CallNumber, RelocationType, number};
 use vmi_tests::Specimen;
 use xtask::artifacts;
 use xtask::conformance;
@@ -530,6 +530,25 @@ fn the_guest_names_every_broken_call() -> Result<()> {
         missed.join("\n")
     );
     println!("{} mutants caught", MUTANTS.len());
+    Ok(())
+}
+
+/// What the interface allows must pass: NOP for all that only tells a hypervisor something.
+#[test]
+fn a_rom_that_answers_notifications_with_nop_passes() -> Result<()> {
+    let built = artifacts::ensure()?;
+    let specimen = Specimen::read(&built.call, &built.call_elf)?;
+    let notifications = CALLS_3_0
+        .iter()
+        .filter(|call| call.contract.answers.contains(Answers::NOP))
+        .filter_map(|call| call.number);
+    let folder = tempfile::tempdir()?;
+    let rom = folder.path().join("nop.rom");
+    std::fs::write(&rom, specimen.with_nop(notifications)?)?;
+    let machine = Machine::default();
+    let way = Attachment::OptionRom;
+    let result = conformance::check(&built.emulator, &built.guest, &rom, way, &machine, |_| ())?;
+    assert_eq!(result.complaint(), None, "{}", result.run.serial);
     Ok(())
 }
 

@@ -141,6 +141,8 @@ pub(crate) struct Session {
     pub(crate) demand: Option<(Range<u32>, fn(u32))>,
     /// Called before each instruction of a traced call.
     pub(crate) watch: Option<fn()>,
+    /// Why the call cannot be tried on this machine.
+    pub(crate) skipped: Option<&'static str>,
     /// Rules broken so far.
     pub(crate) problems: Problems,
     /// Conditions checked so far.
@@ -170,6 +172,7 @@ impl Session {
             variant: VARIANTS[0],
             demand: None,
             watch: None,
+            skipped: None,
             problems: Problems::default(),
             checks: 0,
             stack: 0,

@@ -25,7 +25,8 @@ pub(crate) fn reboot(s: &mut Session, kind: RebootKind) {
 /// pending all the while must not be delivered.
 pub(crate) fn Shutdown(s: &mut Session) {
     let Some(apic) = paging::LocalApic::map(s.space) else {
-        return; // Without a local APIC nothing would ever bring the guest back.
+        s.skipped = Some("without a local APIC nothing would ever bring the guest back");
+        return;
     };
     s.each(|s| {
         if s.variant.traced {

@@ -75,7 +75,10 @@ const VERSION: u32 = 0x30;
 const TASK_PRIORITY: u32 = 0x80;
 
 pub(crate) fn APICRead(s: &mut Session) {
-    let Some(apic) = LocalApic::map(s.space) else { return };
+    let Some(apic) = LocalApic::map(s.space) else {
+        s.skipped = Some("the processor has no local APIC");
+        return;
+    };
     s.each(|s| {
         let Outcome { after, .. } = s.call(Arguments::NONE.eax(VERSION));
         s.equal("EAX for the version register", after.registers.eax, apic.read(VERSION));
@@ -83,7 +86,10 @@ pub(crate) fn APICRead(s: &mut Session) {
 }
 
 pub(crate) fn APICWrite(s: &mut Session) {
-    let Some(apic) = LocalApic::map(s.space) else { return };
+    let Some(apic) = LocalApic::map(s.space) else {
+        s.skipped = Some("the processor has no local APIC");
+        return;
+    };
     s.each(|s| {
         for value in [0x20, 0] {
             s.call(Arguments::NONE.eax(TASK_PRIORITY).edx(value));

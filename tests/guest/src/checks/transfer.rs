@@ -137,6 +137,7 @@ fn keeps_all(s: &mut Session, before: &Context, outcome: &Outcome) {
 
 pub(crate) fn SYSEXIT(s: &mut Session) {
     if !has_sysenter() {
+        s.skipped = Some("the processor has no SYSENTER");
         return;
     }
     place_user_code(&COME_BACK);
