@@ -80,6 +80,17 @@ impl Privilege {
     }
 }
 
+/// What rustup can do for a compiler with its library's source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rustup {
+    /// It is not there.
+    None,
+    /// Its compilers are too old.
+    Old,
+    /// Its compiler would do, if the source were there.
+    WithoutSource,
+}
+
 /// What the package archive offers.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Archive {
@@ -154,6 +165,14 @@ impl Archive {
         text.lines().any(names).then_some(suite)
     }
 
+    /// Whether the package lists are there: without them apt knows what is installed and nothing else.
+    #[must_use]
+    pub fn is_known(&self) -> bool {
+        self.packages
+            .values()
+            .any(|package| package.candidate.is_some() && package.candidate != package.installed)
+    }
+
     fn candidate(&self, name: &str) -> Option<&str> {
         self.packages.get(name)?.candidate.as_deref()
     }
@@ -198,8 +217,8 @@ pub struct Facts {
     pub is_x86: bool,
     /// How packages may be installed.
     pub privilege: Privilege,
-    /// Whether rustup is there.
-    pub has_rustup: bool,
+    /// What rustup can do.
+    pub rustup: Rustup,
     /// What the archive offers; empty but on Debian's family.
     pub archive: Archive,
 }
@@ -229,21 +248,34 @@ pub fn plan(facts: &Facts) -> Plan {
     if facts.family != Family::Debian {
         return by_hand(facts, "this system's packages are not installed by this program");
     }
-    let needs = |need| facts.missing.contains(&need);
+    if !facts.archive.is_known() {
+        return by_hand(facts, "apt has no package lists");
+    }
     let compilers = facts.archive.compilers();
-    if needs(Need::Compiler) && compilers.is_empty() {
+    if facts.missing.contains(&Need::Compiler) && compilers.is_empty() {
         return by_hand(
             facts,
             &format!("the package archive has no Rust compiler from {OLDEST} on with its source"),
         );
     }
-    let attempts = attempts(facts, &compilers);
-    if facts.privilege == Privilege::None {
-        let commands =
-            vec!["sudo apt-get update".into(), apt_command(&attempts[0], Privilege::None)];
-        return Plan::ByHand { reason: "neither root nor sudo is at hand".into(), commands };
+    Plan::Apt(attempts(facts, &compilers))
+}
+
+/// What the user would tell rustup if a compiler is missing, and what is to be got besides.
+#[must_use]
+pub fn by_rustup(facts: &Facts) -> Option<(Vec<String>, Facts)> {
+    if facts.rustup == Rustup::None || !facts.missing.contains(&Need::Compiler) {
+        return None;
     }
-    Plan::Apt(attempts)
+    let mut rest = facts.clone();
+    rest.missing.retain(|need| *need != Need::Compiler);
+    Some((rustup_commands(facts.rustup), rest))
+}
+
+/// How a compiler gets its source from rustup. One that is new enough stays as it is.
+fn rustup_commands(rustup: Rustup) -> Vec<String> {
+    let update = (rustup != Rustup::WithoutSource).then_some("rustup update stable");
+    update.into_iter().chain(["rustup component add rust-src"]).map(str::to_owned).collect()
 }
 
 /// Lists of arguments for `apt-get install`, the preferred one first; never empty.
@@ -298,6 +330,12 @@ fn attempts(facts: &Facts, compilers: &[[String; 3]]) -> Vec<Vec<String>> {
     attempts
 }
 
+/// Reading the package lists as the user would type it.
+#[must_use]
+pub fn update_command(privilege: Privilege) -> String {
+    [privilege.prefix(), &["apt-get", "update"]].concat().join(" ")
+}
+
 /// An installation as the user would type it.
 #[must_use]
 pub fn apt_command(arguments: &[String], privilege: Privilege) -> String {
@@ -309,25 +347,25 @@ pub fn apt_command(arguments: &[String], privilege: Privilege) -> String {
 
 /// The commands for systems whose packages we do not install.
 fn by_hand(facts: &Facts, reason: &str) -> Plan {
+    let has_rustup = facts.rustup != Rustup::None;
     let mut commands = Vec::new();
     let mut packages: Vec<&str> = Vec::new();
     for need in &facts.missing {
         match (need, facts.family) {
-            (Need::Compiler, Family::Fedora) if !facts.has_rustup => {
+            (Need::Compiler, Family::Fedora) if !has_rustup => {
                 packages.extend(["rust", "cargo", "rust-src"])
             }
-            (Need::Compiler, Family::Arch) if !facts.has_rustup => {
-                packages.extend(["rust", "rust-src"])
-            }
+            (Need::Compiler, Family::Arch) if !has_rustup => packages.extend(["rust", "rust-src"]),
+            // What the archive has shows when the lists are read.
+            (Need::Compiler, Family::Debian) if !has_rustup && !facts.archive.is_known() => {}
             (Need::Compiler, family) => {
-                if !facts.has_rustup {
+                if !has_rustup {
                     commands.push(match family {
                         Family::Mac => "brew install rustup".to_owned(),
                         _ => "(install rustup: https://rustup.rs)".to_owned(),
                     });
                 }
-                commands.push("rustup update stable".into());
-                commands.push("rustup component add rust-src".into());
+                commands.extend(rustup_commands(facts.rustup));
             }
             (Need::Linker, Family::Mac) => packages.push("x86_64-elf-binutils"),
             (Need::Linker, Family::Debian | Family::Fedora) if !facts.is_x86 => {
@@ -342,14 +380,21 @@ fn by_hand(facts: &Facts, reason: &str) -> Plan {
             (Need::Emulator, _) => packages.push("qemu-system-x86"),
         }
     }
-    if !packages.is_empty() {
+    if facts.family == Family::Debian {
+        if !packages.is_empty() || !facts.archive.is_known() {
+            commands.push(update_command(facts.privilege));
+        }
+        if !packages.is_empty() {
+            let packages: Vec<String> = packages.into_iter().map(str::to_owned).collect();
+            commands.push(apt_command(&packages, facts.privilege));
+        }
+    } else if !packages.is_empty() {
         let installer = match facts.family {
-            Family::Debian => "sudo apt-get install --no-install-recommends",
             Family::Fedora => "sudo dnf install",
             Family::Arch => "sudo pacman -S --needed",
             Family::Suse => "sudo zypper install",
             Family::Mac => "brew install",
-            Family::Other => "(with your system's package manager) install",
+            Family::Debian | Family::Other => "(with your system's package manager) install",
         };
         commands.push(format!("{installer} {}", packages.join(" ")));
     }
@@ -361,6 +406,8 @@ fn by_hand(facts: &Facts, reason: &str) -> Plan {
 pub struct Simulation {
     /// Packages that would come, with their versions.
     pub installs: Vec<String>,
+    /// Packages that are there and would get another version, with both.
+    pub replaces: Vec<String>,
     /// Packages that would go.
     pub removals: Vec<String>,
 }
@@ -374,11 +421,18 @@ impl Simulation {
             let mut words = line.split_whitespace();
             match (words.next(), words.next()) {
                 (Some("Inst"), Some(name)) => {
-                    let version =
-                        line.split_once('(').and_then(|(_, rest)| rest.split_whitespace().next());
-                    simulation.installs.push(
-                        format!("{name} {}", version.unwrap_or_default()).trim_end().to_owned(),
-                    );
+                    let version = line
+                        .split_once('(')
+                        .and_then(|(_, rest)| rest.split_whitespace().next())
+                        .unwrap_or_default();
+                    match words.next().and_then(|word| word.strip_prefix('[')) {
+                        Some(old) => simulation
+                            .replaces
+                            .push(format!("{name} {} by {version}", old.trim_end_matches(']'))),
+                        None => simulation
+                            .installs
+                            .push(format!("{name} {version}").trim_end().to_owned()),
+                    }
                 }
                 (Some("Remv" | "Purg"), Some(name)) => simulation.removals.push(name.to_owned()),
                 _ => {}
@@ -398,7 +452,7 @@ mod tests {
             family: Family::Debian,
             is_x86: true,
             privilege: Privilege::Root,
-            has_rustup: false,
+            rustup: Rustup::None,
             archive,
         }
     }
@@ -496,42 +550,74 @@ mod tests {
 
     #[test]
     fn packages_that_are_not_installed_are_never_downgraded() {
-        let mut archive = archive(&[]);
+        let mut archive = archive(&[("qemu-system-x86", "1:7.2")]);
         archive.emulator_pairs = vec!["1:7.2".into()];
         assert_eq!(lines(&plan(&facts(&[Need::Emulator], archive))), ["qemu-system-x86"]);
     }
 
     #[test]
-    fn without_privilege_the_commands_are_printed() {
-        let facts = Facts { privilege: Privilege::None, ..facts(Need::RUN, archive(WEB)) };
-        match plan(&facts) {
-            Plan::ByHand { commands, .. } => assert_eq!(
-                commands,
-                [
+    fn without_package_lists_they_come_first() {
+        let mut archive = Archive::default();
+        // What apt then knows of an installed package is the package itself.
+        let utils =
+            Package { installed: Some("1:10.0.2".into()), candidate: Some("1:10.0.2".into()) };
+        archive.packages.insert("qemu-utils".into(), utils);
+        archive.packages.insert("rustc-web".into(), Package::default());
+        for (rustup, wanted) in [
+            (
+                Rustup::WithoutSource,
+                &[
+                    "rustup component add rust-src",
                     "sudo apt-get update",
-                    "sudo apt-get install --no-install-recommends --no-remove qemu-system-x86 rustc-web cargo-web rust-web-src binutils"
-                ]
+                    "sudo apt-get install --no-install-recommends --no-remove qemu-system-x86",
+                ][..],
             ),
-            other => panic!("{other:?}"),
+            (Rustup::None, &["sudo apt-get update"]),
+        ] {
+            let missing = if rustup == Rustup::None {
+                vec![Need::Compiler]
+            } else {
+                vec![Need::Compiler, Need::Emulator]
+            };
+            let facts =
+                Facts { privilege: Privilege::None, rustup, ..facts(&missing, archive.clone()) };
+            match plan(&facts) {
+                Plan::ByHand { reason, commands } => {
+                    assert_eq!(commands, wanted);
+                    assert!(reason.contains("lists"), "{reason}");
+                }
+                other => panic!("{other:?}"),
+            }
         }
     }
 
     #[test]
+    fn the_user_may_ask_rustup_for_the_compiler() {
+        let of = |rustup| Facts { rustup, ..facts(Need::RUN, archive(WEB)) };
+        assert!(by_rustup(&of(Rustup::None)).is_none());
+        let (commands, rest) = by_rustup(&of(Rustup::Old)).unwrap();
+        assert_eq!(commands, ["rustup update stable", "rustup component add rust-src"]);
+        assert_eq!(lines(&plan(&rest)), ["qemu-system-x86 binutils"]);
+        let (commands, _) = by_rustup(&of(Rustup::WithoutSource)).unwrap();
+        assert_eq!(commands, ["rustup component add rust-src"]);
+    }
+
+    #[test]
     fn other_systems_get_their_own_commands() {
-        for (family, has_rustup, wanted) in [
+        for (family, rustup, wanted) in [
             (
                 Family::Fedora,
-                false,
+                Rustup::None,
                 vec!["sudo dnf install rust cargo rust-src binutils qemu-system-x86"],
             ),
             (
                 Family::Arch,
-                false,
+                Rustup::None,
                 vec!["sudo pacman -S --needed rust rust-src binutils qemu-system-x86"],
             ),
             (
                 Family::Suse,
-                true,
+                Rustup::Old,
                 vec![
                     "rustup update stable",
                     "rustup component add rust-src",
@@ -540,7 +626,7 @@ mod tests {
             ),
             (
                 Family::Mac,
-                true,
+                Rustup::Old,
                 vec![
                     "rustup update stable",
                     "rustup component add rust-src",
@@ -548,7 +634,7 @@ mod tests {
                 ],
             ),
         ] {
-            match plan(&Facts { family, has_rustup, ..facts(Need::RUN, Archive::default()) }) {
+            match plan(&Facts { family, rustup, ..facts(Need::RUN, Archive::default()) }) {
                 Plan::ByHand { commands, .. } => assert_eq!(commands, wanted),
                 other => panic!("{other:?}"),
             }
@@ -557,7 +643,7 @@ mod tests {
 
     #[test]
     fn another_processor_needs_a_cross_linker() {
-        let facts = Facts { is_x86: false, ..facts(&[Need::Linker], Archive::default()) };
+        let facts = Facts { is_x86: false, ..facts(&[Need::Linker], archive(WEB)) };
         assert_eq!(lines(&plan(&facts)), ["binutils-x86-64-linux-gnu"]);
     }
 
@@ -604,6 +690,7 @@ mod tests {
         let text = "Remv qemu-utils [1:10.0.2]\nInst seabios (1.16.2-1 Debian:12.5/oldstable [all])\nInst qemu-system-x86 [1:6] (1:7.2 Debian:12 [amd64])\nConf seabios (1.16.2-1)\n";
         let simulation = Simulation::parse(text);
         assert_eq!(simulation.removals, ["qemu-utils"]);
-        assert_eq!(simulation.installs, ["seabios 1.16.2-1", "qemu-system-x86 1:7.2"]);
+        assert_eq!(simulation.installs, ["seabios 1.16.2-1"]);
+        assert_eq!(simulation.replaces, ["qemu-system-x86 1:6 by 1:7.2"]);
     }
 }

@@ -94,7 +94,40 @@ pub struct Candidate {
     /// Where the search came across it.
     pub origin: String,
     /// The compiler, or why it will not do.
-    pub verdict: Result<Compiler, String>,
+    pub verdict: Result<Compiler, Refusal>,
+}
+
+/// Why a compiler will not do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// It would, if its library's source were there.
+    WithoutSource {
+        /// Its version.
+        version: Version,
+        /// Where the source should be.
+        sysroot: PathBuf,
+    },
+    /// Anything else.
+    Other(String),
+}
+
+impl From<String> for Refusal {
+    fn from(reason: String) -> Self {
+        Self::Other(reason)
+    }
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::WithoutSource { version, sysroot } => write!(
+                f,
+                "rustc {version} in {} is without its library's source",
+                sysroot.display()
+            ),
+            Self::Other(reason) => f.write_str(reason),
+        }
+    }
 }
 
 /// A linker that can link the image.
@@ -261,10 +294,10 @@ fn rustup_toolchains() -> Vec<(String, PathBuf)> {
 }
 
 /// Whether a cargo and a rustc can build the image.
-fn judge(cargo: PathBuf, rustc: PathBuf) -> Result<Compiler, String> {
+fn judge(cargo: PathBuf, rustc: PathBuf) -> Result<Compiler, Refusal> {
     for program in [&rustc, &cargo] {
         if !program.is_file() {
-            return Err(format!("{} is not there", program.display()));
+            return Err(format!("{} is not there", program.display()).into());
         }
     }
     let said = output(Command::new(&rustc).arg("--version").env("RUSTUP_AUTO_INSTALL", "0"))?;
@@ -274,15 +307,12 @@ fn judge(cargo: PathBuf, rustc: PathBuf) -> Result<Compiler, String> {
         .and_then(Version::parse)
         .ok_or_else(|| format!("{} --version says {:?}", rustc.display(), said.trim()))?;
     if version < OLDEST {
-        return Err(format!("rustc {version} is older than {OLDEST}"));
+        return Err(format!("rustc {version} is older than {OLDEST}").into());
     }
     let sysroot = PathBuf::from(output(Command::new(&rustc).args(["--print", "sysroot"]))?.trim());
     let lock = sysroot.join(SOURCE).join("library/Cargo.lock");
     if !lock.is_file() {
-        return Err(format!(
-            "rustc {version} in {} is without its library's source",
-            sysroot.display()
-        ));
+        return Err(Refusal::WithoutSource { version, sysroot });
     }
     Ok(Compiler { rustc, cargo, version, sysroot })
 }

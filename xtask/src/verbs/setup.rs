@@ -2,10 +2,11 @@
 
 use crate::build::Tools;
 use crate::setup::{
-    Archive, Facts, Family, Plan, Privilege, Simulation, apt_command, os_release_field, plan,
+    Archive, Facts, Family, Plan, Privilege, Rustup, Simulation, apt_command, by_rustup,
+    os_release_field, plan, update_command,
 };
 use crate::table::{BAD, Cell, DIM, GOOD, PLAIN, Table};
-use crate::toolchain::{Findings, Need, find_program, output};
+use crate::toolchain::{Findings, Need, Refusal, find_program, output};
 use anyhow::{Context, Result, bail};
 use std::collections::BTreeMap;
 use std::io::IsTerminal;
@@ -44,7 +45,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     if args.check {
         return Ok(ExitCode::FAILURE);
     }
-    install(missing, args.dry_run)?;
+    install(&findings, missing, args.dry_run)?;
     if !args.dry_run {
         anstream::print!("{}", table(&confirmed(Need::RUN)?));
     }
@@ -63,7 +64,7 @@ pub fn provide(needs: &[Need]) -> Result<Findings> {
         return Ok(findings);
     }
     anstream::eprint!("{}", table(&findings));
-    install(missing, false)?;
+    install(&findings, missing, false)?;
     confirmed(needs)
 }
 
@@ -96,7 +97,9 @@ fn table(findings: &Findings) -> String {
             Ok(compiler) => {
                 table.row([Cell::new("spare", DIM), what.into(), compiler.to_string().into()])
             }
-            Err(reason) => table.row([Cell::new("no", PLAIN), what.into(), reason.clone().into()]),
+            Err(reason) => {
+                table.row([Cell::new("no", PLAIN), what.into(), reason.to_string().into()])
+            }
         }
     }
     let mut single = |what: &str, found: Result<String, String>| match found {
@@ -109,13 +112,13 @@ fn table(findings: &Findings) -> String {
 }
 
 /// Installs what is missing, or says how.
-fn install(missing: Vec<Need>, dry_run: bool) -> Result<()> {
+fn install(findings: &Findings, missing: Vec<Need>, dry_run: bool) -> Result<()> {
     let mut facts = Facts {
         missing,
         family: family(),
         is_x86: cfg!(any(target_arch = "x86", target_arch = "x86_64")),
         privilege: privilege(),
-        has_rustup: find_program("rustup").is_some(),
+        rustup: rustup(findings),
         archive: Archive::default(),
     };
     if facts.family == Family::Debian {
@@ -125,23 +128,55 @@ fn install(missing: Vec<Need>, dry_run: bool) -> Result<()> {
         }
         facts.archive = archive();
     }
+    if dry_run
+        && facts.family == Family::Debian
+        && facts.privilege != Privilege::None
+        && !facts.archive.is_known()
+    {
+        anstream::println!(
+            "apt has no package lists; this would be done first, and decide what is installed:\n  {}",
+            update_command(facts.privilege)
+        );
+        return Ok(());
+    }
     match plan(&facts) {
         Plan::Nothing => Ok(()),
-        Plan::ByHand { reason, commands } => {
-            let commands: String =
-                commands.iter().map(|command| format!("\n  {command}")).collect();
-            if dry_run {
-                anstream::println!("{reason}; this would be for you to do:{commands}");
-                return Ok(());
+        Plan::ByHand { reason, commands } => for_the_user(&reason, &[commands], dry_run),
+        Plan::Apt(attempts) if facts.privilege == Privilege::None => {
+            let commands = |attempts: &[Vec<String>]| -> Result<[String; 2]> {
+                let (arguments, _) = choose(attempts, facts.privilege)?;
+                Ok([update_command(facts.privilege), apt_command(arguments, facts.privilege)])
+            };
+            let mut ways = Vec::new();
+            if let Some((mut way, rest)) = by_rustup(&facts) {
+                if let Plan::Apt(attempts) = plan(&rest) {
+                    way.extend(commands(&attempts)?);
+                }
+                ways.push(way);
             }
-            bail!("{reason}; do this, then try again:{commands}");
+            ways.push(commands(&attempts)?.to_vec());
+            for_the_user("neither root nor sudo is at hand", &ways, dry_run)
         }
         Plan::Apt(attempts) => apt(&attempts, facts.privilege, dry_run),
     }
 }
 
-/// Installs by the first list of arguments whose simulation removes nothing.
-fn apt(attempts: &[Vec<String>], privilege: Privilege, dry_run: bool) -> Result<()> {
+/// Stops with what the user would have to type: one way or another.
+fn for_the_user(reason: &str, ways: &[Vec<String>], dry_run: bool) -> Result<()> {
+    let ways: Vec<String> = ways
+        .iter()
+        .map(|commands| commands.iter().map(|command| format!("\n  {command}")).collect())
+        .collect();
+    let ways = ways.join("\nor this:");
+    if dry_run {
+        anstream::println!("{reason}; this would be for you to do:{ways}");
+        return Ok(());
+    }
+    bail!("{reason}; do this, then try again:{ways}");
+}
+
+/// The first list of arguments whose simulation removes nothing, and what it would do.
+fn choose(attempts: &[Vec<String>], privilege: Privilege) -> Result<(&[String], Simulation)> {
     let mut refused = String::new();
     for arguments in attempts {
         let command = apt_command(arguments, privilege);
@@ -164,38 +199,38 @@ fn apt(attempts: &[Vec<String>], privilege: Privilege, dry_run: bool) -> Result<
             ));
             continue;
         }
-        anstream::eprintln!("{command}");
-        let installs = if simulation.installs.is_empty() {
-            "nothing new".into()
-        } else {
-            simulation.installs.join(", ")
-        };
-        anstream::eprintln!("  installs {installs}");
-        if dry_run {
-            return Ok(());
-        }
-        let mut install = privileged(privilege);
-        // `--no-remove` makes apt itself stop, should anything have changed since the simulation.
-        install
-            .args([
-                "apt-get",
-                "--quiet",
-                "--yes",
-                "--no-install-recommends",
-                "--no-remove",
-                "install",
-            ])
-            .args(arguments);
-        let status = install
-            .stdout(Stdio::from(std::io::stderr()))
-            .status()
-            .context("apt-get does not start")?;
-        if !status.success() {
-            bail!("`{command}` failed ({status})");
-        }
-        return Ok(());
+        return Ok((arguments, simulation));
     }
     bail!("no way was found that removes no package:{refused}");
+}
+
+/// Installs by the first list of arguments whose simulation removes nothing.
+fn apt(attempts: &[Vec<String>], privilege: Privilege, dry_run: bool) -> Result<()> {
+    let (arguments, simulation) = choose(attempts, privilege)?;
+    let command = apt_command(arguments, privilege);
+    anstream::eprintln!("{command}");
+    for (verb, packages) in [("installs", &simulation.installs), ("replaces", &simulation.replaces)]
+    {
+        if !packages.is_empty() {
+            anstream::eprintln!("  {verb} {}", packages.join(", "));
+        }
+    }
+    if dry_run {
+        return Ok(());
+    }
+    let mut install = privileged(privilege);
+    // `--no-remove` makes apt itself stop, should anything have changed since the simulation.
+    install
+        .args(["apt-get", "--quiet", "--yes", "--no-install-recommends", "--no-remove", "install"])
+        .args(arguments);
+    let status = install
+        .stdout(Stdio::from(std::io::stderr()))
+        .status()
+        .context("apt-get does not start")?;
+    if !status.success() {
+        bail!("`{command}` failed ({status})");
+    }
+    Ok(())
 }
 
 /// A command run as root.
@@ -210,7 +245,7 @@ fn privileged(privilege: Privilege) -> Command {
 
 /// Reads the package lists anew. A source that does not answer is no reason to stop: the simulation will tell.
 fn update(privilege: Privilege) {
-    anstream::eprintln!("{}", [privilege.prefix(), &["apt-get", "update"]].concat().join(" "));
+    anstream::eprintln!("{}", update_command(privilege));
     let status = privileged(privilege)
         .args(["apt-get", "--quiet", "--quiet", "update"])
         .stdout(Stdio::from(std::io::stderr()))
@@ -240,6 +275,7 @@ fn archive() -> Archive {
         "rustc",
         "cargo",
         "rust-src",
+        "binutils",
         "qemu-system-x86",
         "qemu-utils",
     ]
@@ -276,6 +312,17 @@ fn os_release() -> String {
 
 fn family() -> Family {
     if cfg!(target_os = "macos") { Family::Mac } else { Family::from_os_release(&os_release()) }
+}
+
+fn rustup(findings: &Findings) -> Rustup {
+    if find_program("rustup").is_none() {
+        return Rustup::None;
+    }
+    // The system's own compiler is not rustup's to extend.
+    let lacks_source = findings.compilers.iter().any(|candidate| {
+        matches!(&candidate.verdict, Err(Refusal::WithoutSource { sysroot, .. }) if !sysroot.starts_with("/usr"))
+    });
+    if lacks_source { Rustup::WithoutSource } else { Rustup::Old }
 }
 
 fn privilege() -> Privilege {
