@@ -95,6 +95,9 @@ const EMPTY: Context = Context {
     segments: DataSegments { ds: 0, es: 0, fs: 0, gs: 0 },
 };
 
+/// Addresses, and what maps the page when a call faults on one of them.
+pub(crate) type Demand = (Range<u32>, fn(u32));
+
 /// What the handlers may look at while a call runs.
 struct Observer {
     active: bool,
@@ -109,7 +112,7 @@ struct Observer {
     /// Called before each instruction of a traced call.
     watch: Option<fn()>,
     /// Maps the page when a call faults on an address inside.
-    demand: Option<(Range<u32>, fn(u32))>,
+    demand: Option<Demand>,
 }
 
 static mut OBSERVER: Observer = Observer {
@@ -124,14 +127,16 @@ static mut OBSERVER: Observer = Observer {
 };
 
 fn observer() -> &'static mut Observer {
+    let observer = &raw mut OBSERVER;
     // SAFETY: one processor. The guest touches it before and after a call, the handlers during it,
     // and no handler interrupts another.
-    unsafe { &mut *(&raw mut OBSERVER) }
+    unsafe { &mut *observer }
 }
 
 fn shared() -> &'static mut Shared {
+    let shared = &raw mut SHARED;
     // SAFETY: as for the observer; the assembly uses it between the guest's own uses.
-    unsafe { &mut *(&raw mut SHARED) }
+    unsafe { &mut *shared }
 }
 
 const STACK_WORDS: usize = 2048;
@@ -175,7 +180,7 @@ pub(crate) struct Entry<'a> {
     /// Called before each instruction of a traced call.
     pub(crate) watch: Option<fn()>,
     /// Maps the page when a call faults on an address inside.
-    pub(crate) demand: Option<(Range<u32>, fn(u32))>,
+    pub(crate) demand: Option<Demand>,
 }
 
 /// ESP when a call with so many words on the stack is entered.
@@ -323,13 +328,38 @@ pub(crate) fn interrupted(frame: &Frame) -> ! {
 
 const REGISTERS: usize = offset_of!(Context, registers);
 
+/// Assembly that walks a [`Context`] of [`Shared`], whose fields it knows by name.
+macro_rules! context_assembly {
+    ($($line:literal,)* ; $($operand:tt)*) => {
+        naked_asm!(
+            $($line,)*
+            $($operand)*
+            shared = sym SHARED,
+            saved_esp = const offset_of!(Shared, saved_esp),
+            esp = const offset_of!(Context, esp),
+            eflags = const offset_of!(Context, eflags),
+            ds = const offset_of!(Context, segments.ds),
+            es = const offset_of!(Context, segments.es),
+            fs = const offset_of!(Context, segments.fs),
+            gs = const offset_of!(Context, segments.gs),
+            eax = const REGISTERS + offset_of!(Registers, eax),
+            ecx = const REGISTERS + offset_of!(Registers, ecx),
+            edx = const REGISTERS + offset_of!(Registers, edx),
+            ebx_ = const REGISTERS + offset_of!(Registers, ebx),
+            ebp = const REGISTERS + offset_of!(Registers, ebp),
+            esi = const REGISTERS + offset_of!(Registers, esi),
+            edi = const REGISTERS + offset_of!(Registers, edi),
+        )
+    };
+}
+
 /// Loads the context in `SHARED.enter` and jumps to the target; comes back by [`return_point`].
 ///
 /// C calling convention, no arguments; keeps all registers and flags. Data goes through SS only:
 /// DS and ES may be null.
 #[unsafe(naked)]
 unsafe extern "C" fn switch() {
-    naked_asm!(
+    context_assembly!(
         "pushfd",
         "pushad",
         "mov eax, ds",
@@ -358,23 +388,9 @@ unsafe extern "C" fn switch() {
         "mov edi, ss:[ebx + {enter} + {edi}]",
         "mov ebx, ss:[ebx + {enter} + {ebx_}]",
         "jmp dword ptr ss:[{shared} + {target}]",
-        shared = sym SHARED,
-        saved_esp = const offset_of!(Shared, saved_esp),
+        ;
         target = const offset_of!(Shared, target),
         enter = const offset_of!(Shared, enter),
-        esp = const offset_of!(Context, esp),
-        eflags = const offset_of!(Context, eflags),
-        ds = const offset_of!(Context, segments.ds),
-        es = const offset_of!(Context, segments.es),
-        fs = const offset_of!(Context, segments.fs),
-        gs = const offset_of!(Context, segments.gs),
-        eax = const REGISTERS + offset_of!(Registers, eax),
-        ecx = const REGISTERS + offset_of!(Registers, ecx),
-        edx = const REGISTERS + offset_of!(Registers, edx),
-        ebx_ = const REGISTERS + offset_of!(Registers, ebx),
-        ebp = const REGISTERS + offset_of!(Registers, ebp),
-        esi = const REGISTERS + offset_of!(Registers, esi),
-        edi = const REGISTERS + offset_of!(Registers, edi),
     )
 }
 
@@ -383,7 +399,7 @@ unsafe extern "C" fn switch() {
 /// Not called: reached by the jump that ends each call site, with any registers and segments.
 #[unsafe(naked)]
 pub(crate) unsafe extern "C" fn return_point() {
-    naked_asm!(
+    context_assembly!(
         // MOV keeps the flags until they are stored.
         "mov ss:[{shared} + {leave} + {ebx_}], ebx",
         "mov ebx, offset {shared}",
@@ -406,23 +422,9 @@ pub(crate) unsafe extern "C" fn return_point() {
         "pushfd",
         "pop dword ptr ss:[ebx + {leave} + {eflags}]",
         "jmp {abandon_call}",
-        shared = sym SHARED,
+        ;
         abandon_call = sym abandon_call,
-        saved_esp = const offset_of!(Shared, saved_esp),
         leave = const offset_of!(Shared, leave),
-        esp = const offset_of!(Context, esp),
-        eflags = const offset_of!(Context, eflags),
-        ds = const offset_of!(Context, segments.ds),
-        es = const offset_of!(Context, segments.es),
-        fs = const offset_of!(Context, segments.fs),
-        gs = const offset_of!(Context, segments.gs),
-        eax = const REGISTERS + offset_of!(Registers, eax),
-        ecx = const REGISTERS + offset_of!(Registers, ecx),
-        edx = const REGISTERS + offset_of!(Registers, edx),
-        ebx_ = const REGISTERS + offset_of!(Registers, ebx),
-        ebp = const REGISTERS + offset_of!(Registers, ebp),
-        esi = const REGISTERS + offset_of!(Registers, esi),
-        edi = const REGISTERS + offset_of!(Registers, edi),
     )
 }
 

@@ -3,13 +3,12 @@
 #![expect(unsafe_code, reason = "UNSAFETY: writes call sites")]
 
 use crate::harness::{
-    self, Context, DataSegments, Entry, FLAT, NOT_OURS, Outcome, Registers, return_point,
+    self, Context, DataSegments, Demand, Entry, FLAT, NOT_OURS, Outcome, Registers, return_point,
 };
 use crate::paging::{SITE_FRAME, Space};
 use crate::report::Problems;
 use crate::rom::Rom;
 use core::fmt;
-use core::ops::Range;
 use vmi_abi::{Call, Ending, RelocationType, STACK_LIMIT, Segments};
 use x86::bits32::eflags::EFlags;
 
@@ -138,7 +137,7 @@ pub(crate) struct Session {
     target: Option<u32>,
     pub(crate) variant: Variant,
     /// Pages that appear when the call touches them.
-    pub(crate) demand: Option<(Range<u32>, fn(u32))>,
+    pub(crate) demand: Option<Demand>,
     /// Called before each instruction of a traced call.
     pub(crate) watch: Option<fn()>,
     /// Why the call cannot be tried on this machine.

@@ -179,8 +179,9 @@ struct Watched {
 static mut WATCHED: Watched = Watched { address: 0, values: [0; 2], torn: None };
 
 fn watched() -> &'static mut Watched {
+    let watched = &raw mut WATCHED;
     // SAFETY: one processor; the debug handler looks while the call runs, the test before and after.
-    unsafe { &mut *(&raw mut WATCHED) }
+    unsafe { &mut *watched }
 }
 
 fn look_at_entry() {
