@@ -17,6 +17,7 @@ use crate::traps::Frame;
 use core::arch::naked_asm;
 use core::mem::offset_of;
 use core::ops::Range;
+use spin::Mutex;
 use x86::bits32::eflags::EFlags;
 
 /// General registers but ESP, in the order of their numbers.
@@ -115,7 +116,8 @@ struct Observer {
     demand: Option<Demand>,
 }
 
-static mut OBSERVER: Observer = Observer {
+/// The guest lets go of it before a call, and each handler before it returns or abandons the call.
+static OBSERVER: Mutex<Observer> = Mutex::new(Observer {
     active: false,
     trap: None,
     code: 0..0,
@@ -124,18 +126,12 @@ static mut OBSERVER: Observer = Observer {
     behind_sti: false,
     watch: None,
     demand: None,
-};
-
-fn observer() -> &'static mut Observer {
-    let observer = &raw mut OBSERVER;
-    // SAFETY: one processor. The guest touches it before and after a call, the handlers during it,
-    // and no handler interrupts another.
-    unsafe { &mut *observer }
-}
+});
 
 fn shared() -> &'static mut Shared {
     let shared = &raw mut SHARED;
-    // SAFETY: as for the observer; the assembly uses it between the guest's own uses.
+    // SAFETY: one processor, and no handler keeps a reference beyond its own use. The assembly uses
+    // it between the guest's uses.
     unsafe { &mut *shared }
 }
 
@@ -198,7 +194,7 @@ pub(crate) fn run(entry: &Entry<'_>) -> Outcome {
         unsafe { stack.add(index).write_volatile(word) };
     }
     let esp = entry_esp(entry.stack.len());
-    *observer() = Observer {
+    *OBSERVER.lock() = Observer {
         active: true,
         trap: None,
         code: entry.code.clone(),
@@ -215,7 +211,7 @@ pub(crate) fn run(entry: &Entry<'_>) -> Outcome {
     // point of return or by `abandon_call`.
     unsafe { switch() };
     let state = shared();
-    let observer = observer();
+    let mut observer = OBSERVER.lock();
     observer.active = false;
 
     let word = |index: usize| {
@@ -243,13 +239,13 @@ pub(crate) fn run(entry: &Entry<'_>) -> Outcome {
 
 /// Whether a call is under test.
 pub(crate) fn is_active() -> bool {
-    observer().active
+    OBSERVER.lock().active
 }
 
 /// A debug exception: `true` when it was the trap flag's, and the traced call goes on.
 pub(crate) fn step(frame: &mut Frame) -> bool {
     const SINGLE_STEP: u32 = 1 << 14;
-    let observer = observer();
+    let mut observer = OBSERVER.lock();
     if !observer.active || processor::dr6() & SINGLE_STEP == 0 {
         return false;
     }
@@ -282,7 +278,8 @@ fn is_sti(eip: u32) -> bool {
 
 /// A page fault: `true` when the test has mapped the page.
 pub(crate) fn serve_page_fault(address: u32) -> bool {
-    match observer().demand.clone() {
+    let demand = OBSERVER.lock().demand.clone();
+    match demand {
         Some((range, map)) if range.contains(&address) => {
             map(address);
             true
@@ -294,7 +291,7 @@ pub(crate) fn serve_page_fault(address: u32) -> bool {
 /// An exception ends the call: what it interrupted is the outcome.
 pub(crate) fn interrupted(frame: &Frame) -> ! {
     let trap = Trap { frame: *frame, address: processor::cr2() };
-    observer().trap = Some(trap);
+    OBSERVER.lock().trap = Some(trap);
     let leave = &mut shared().leave;
     leave.registers = Registers {
         eax: frame.eax,

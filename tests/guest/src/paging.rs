@@ -17,6 +17,7 @@ use crate::boot::PAGE_OFFSET;
 use crate::processor;
 use core::arch::naked_asm;
 use core::ops::Range;
+use core::sync::atomic::{AtomicUsize, Ordering};
 use x86::controlregs::{Cr0, Cr4};
 
 /// Bytes of a page.
@@ -95,7 +96,7 @@ pub(crate) struct Frame([u8; PAGE as usize]);
 const POOL: usize = 40;
 
 static mut TABLES: [Frame; POOL] = [Frame([0; PAGE as usize]); POOL];
-static mut TABLES_USED: usize = 0;
+static TABLES_USED: AtomicUsize = AtomicUsize::new(0);
 
 pub(crate) static mut USER_CODE_FRAME: Frame = Frame([0; PAGE as usize]);
 static mut USER_STACK_FRAME: Frame = Frame([0; PAGE as usize]);
@@ -157,13 +158,10 @@ pub(crate) struct Space {
 impl Space {
     /// The space that a kernel of this mode runs in.
     pub(crate) fn new(mode: Mode) -> Self {
-        // SAFETY: the spaces of the two modes are built one after the other; the earlier one is
-        // dead when the pool is reused, but for the tables that the processor still runs on while
-        // this one is built: those come from the pool's other half.
-        let root = unsafe {
-            TABLES_USED = if mode == Mode::NonPae { 0 } else { POOL / 2 };
-            take_table()
-        };
+        // The processor still runs on the other mode's tables while this mode's are built: each has
+        // a half of the pool, and a mode's earlier space is dead when its half is used again.
+        TABLES_USED.store(if mode == Mode::NonPae { 0 } else { POOL / 2 }, Ordering::Relaxed);
+        let root = take_table();
         let space = Self { mode, root };
         if mode == Mode::Pae {
             // The four entries of the top level hold nothing but the present bit.
@@ -321,11 +319,7 @@ fn is_in<T>(object: *const T, linear: u32) -> bool {
 
 /// Linear address of an empty table.
 fn take_table() -> u32 {
-    // SAFETY: one processor, and no handler takes tables.
-    let index = unsafe {
-        TABLES_USED += 1;
-        TABLES_USED - 1
-    };
+    let index = TABLES_USED.fetch_add(1, Ordering::Relaxed);
     assert!(index < POOL, "out of page tables");
     let table = (&raw mut TABLES).cast::<Frame>().wrapping_add(index);
     // SAFETY: inside the pool, and no table that is in use.

@@ -12,6 +12,7 @@
 use crate::segments::{self, IDT, OTHER_IDT, USER_DATA};
 use crate::{devices, harness, processor, report};
 use core::arch::{global_asm, naked_asm};
+use core::sync::atomic::{AtomicU32, Ordering};
 use x86::bits32::eflags::EFlags;
 
 /// Exceptions by their vectors.
@@ -143,19 +144,17 @@ pub(crate) fn initialize() {
     processor::set_idt(segments::table_of(&raw const IDT));
 }
 
-static mut INTERRUPTS: u32 = 0;
-static mut LAST_INTERRUPTED: u32 = 0;
+static INTERRUPTS: AtomicU32 = AtomicU32::new(0);
+static LAST_INTERRUPTED: AtomicU32 = AtomicU32::new(0);
 
 /// Interrupts that arrived since the guest started.
 pub(crate) fn interrupts() -> u32 {
-    // SAFETY: a word that only the handler writes.
-    unsafe { (&raw const INTERRUPTS).read_volatile() }
+    INTERRUPTS.load(Ordering::Relaxed)
 }
 
 /// EIP that the last of them interrupted.
 pub(crate) fn last_interrupted() -> u32 {
-    // SAFETY: as above.
-    unsafe { (&raw const LAST_INTERRUPTED).read_volatile() }
+    LAST_INTERRUPTED.load(Ordering::Relaxed)
 }
 
 extern "C" fn handle(frame: *mut Frame) {
@@ -164,12 +163,8 @@ extern "C" fn handle(frame: *mut Frame) {
     let frame = unsafe { &mut *frame };
     let irq = frame.vector.wrapping_sub(u32::from(devices::IRQ_BASE));
     if irq < 16 {
-        let last = &raw mut LAST_INTERRUPTED;
-        // SAFETY: interrupts do not nest: every gate is an interrupt gate.
-        unsafe { last.write_volatile(frame.eip) };
-        let count = interrupts() + 1;
-        // SAFETY: as above.
-        unsafe { (&raw mut INTERRUPTS).write_volatile(count) };
+        LAST_INTERRUPTED.store(frame.eip, Ordering::Relaxed);
+        INTERRUPTS.fetch_add(1, Ordering::Relaxed);
         devices::end_of_interrupt(irq as u8);
         return;
     }

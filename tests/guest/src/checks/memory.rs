@@ -13,6 +13,7 @@ use crate::processor;
 use crate::session::{Arguments, Session};
 use crate::traps;
 use core::arch::naked_asm;
+use spin::Mutex;
 use vmi_abi::flags::{EntryFlags, FlushFlags, LazyMode, PageFlags};
 use x86::controlregs::Cr4;
 
@@ -176,16 +177,10 @@ struct Watched {
     torn: Option<u64>,
 }
 
-static mut WATCHED: Watched = Watched { address: 0, values: [0; 2], torn: None };
-
-fn watched() -> &'static mut Watched {
-    let watched = &raw mut WATCHED;
-    // SAFETY: one processor; the debug handler looks while the call runs, the test before and after.
-    unsafe { &mut *watched }
-}
+static WATCHED: Mutex<Watched> = Mutex::new(Watched { address: 0, values: [0; 2], torn: None });
 
 fn look_at_entry() {
-    let watched = watched();
+    let mut watched = WATCHED.lock();
     // SAFETY: the entry lies in mapped memory.
     let found = unsafe { (watched.address as *const u64).read_volatile() };
     if !watched.values.contains(&found) {
@@ -197,11 +192,11 @@ fn look_at_entry() {
 fn set_long(s: &mut Session, value: u64, entry: u32, flags: u32) {
     // SAFETY: callers name mapped memory.
     let old = unsafe { (entry as *const u64).read_volatile() };
-    *watched() = Watched { address: entry, values: [old, value], torn: None };
+    *WATCHED.lock() = Watched { address: entry, values: [old, value], torn: None };
     s.watch = Some(look_at_entry);
     s.call(Arguments::NONE.eax(value as u32).edx((value >> 32) as u32).ecx(entry).stack(&[flags]));
     s.watch = None;
-    let torn = watched().torn.take();
+    let torn = WATCHED.lock().torn.take();
     s.expect(
         torn.is_none(),
         format_args!("between {old:#x} and {value:#x} the entry was {torn:x?}: torn"),
