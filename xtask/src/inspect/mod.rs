@@ -9,9 +9,11 @@
 //! - [`reach`]: the instructions that can be reached from an entry, executed or not,
 //! - [`trial`]: a call executed as a guest would call it, from a random state,
 //! - [`rules`]: the contract, held against all of that,
-//! - [`survey`] and [`report`]: the same facts for a reader.
+//! - [`survey`] and [`report`]: the same facts for a reader,
+//! - [`format`]: verdicts for other programs.
 
 pub mod answers;
+pub mod format;
 pub mod machine;
 pub mod random;
 pub mod reach;

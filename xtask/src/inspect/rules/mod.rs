@@ -3,6 +3,7 @@
 mod answering;
 mod calls;
 mod effects;
+mod help;
 mod structure;
 
 pub use answering::kind_name;
@@ -151,6 +152,12 @@ impl Report {
     #[must_use]
     pub fn names(&self, rule: Rule, call: CallNumber) -> bool {
         self.violations.iter().any(|found| found.rule == rule && found.call == Some(call.0))
+    }
+
+    /// The name of a call that the report speaks of.
+    #[must_use]
+    pub fn call_name(&self, number: u32) -> &'static str {
+        answering::subject(number).name
     }
 
     fn note(&mut self, subject: &'static str, detail: impl Into<String>) {
