@@ -22,7 +22,8 @@ const TARGET: &str = "targets/i686-unknown-none.json";
 const TARGET_NAME: &str = "i686-unknown-none";
 
 /// What is compiled for it.
-const BARE_PACKAGES: [&str; 4] = ["--package", "vmi-rom", "--package", "vmi-guest"];
+const BARE_PACKAGES: [&str; 6] =
+    ["--package", "vmi-rom", "--package", "vmi-native-backend", "--package", "vmi-guest"];
 
 /// Two addresses that have few bits in common: the second is where Linux sees an option ROM.
 const LINK_BASES: [&str; 2] = ["0", "c00ca000"];
@@ -155,6 +156,12 @@ pub fn guest(tools: &Tools) -> Result<PathBuf> {
 /// The lints of image and guest on their own target, warnings denied. The compiler must have clippy.
 pub(crate) fn bare_clippy(tools: &Tools) -> Command {
     let mut cargo = inner_cargo(tools, "clippy");
+    // Cargo looks for its subcommands on the path, where another toolchain's may come first.
+    let own = tools.compiler.cargo.parent().map(Path::to_owned);
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    if let Ok(path) = std::env::join_paths(own.into_iter().chain(std::env::split_paths(&path))) {
+        cargo.env("PATH", path);
+    }
     cargo.args(BARE_PACKAGES).args(["--quiet", "--release", "--", "--deny", "warnings"]);
     cargo
 }

@@ -177,11 +177,11 @@ impl Archive {
         self.packages.get(name)?.candidate.as_deref()
     }
 
-    /// The packages that give a compiler with its source, each way of getting one.
-    fn compilers(&self) -> Vec<[String; 3]> {
+    /// The packages that give a compiler with its source and its lints, each way of getting one.
+    fn compilers(&self) -> Vec<[String; 4]> {
         let mut sets = vec![
-            ["rustc-web", "cargo-web", "rust-web-src"].map(str::to_owned),
-            ["rustc", "cargo", "rust-src"].map(str::to_owned),
+            ["rustc-web", "cargo-web", "rust-web-src", "rust-web-clippy"].map(str::to_owned),
+            ["rustc", "cargo", "rust-src", "rust-clippy"].map(str::to_owned),
         ];
         // Ubuntu's versioned packages: the newest that is whole.
         let mut versioned: Vec<(Version, &str)> = self
@@ -192,7 +192,12 @@ impl Archive {
             .collect();
         versioned.sort();
         sets.extend(versioned.iter().rev().map(|(_, suffix)| {
-            [format!("rustc-{suffix}"), format!("cargo-{suffix}"), format!("rust-{suffix}-src")]
+            [
+                format!("rustc-{suffix}"),
+                format!("cargo-{suffix}"),
+                format!("rust-{suffix}-src"),
+                format!("rust-{suffix}-clippy"),
+            ]
         }));
         let will_do = |name: &String| {
             self.candidate(name)
@@ -279,7 +284,7 @@ fn rustup_commands(rustup: Rustup) -> Vec<String> {
 }
 
 /// Lists of arguments for `apt-get install`, the preferred one first; never empty.
-fn attempts(facts: &Facts, compilers: &[[String; 3]]) -> Vec<Vec<String>> {
+fn attempts(facts: &Facts, compilers: &[[String; 4]]) -> Vec<Vec<String>> {
     let needs = |need| facts.missing.contains(&need);
     let no_compiler = [];
     let compilers: Vec<&[String]> = if needs(Need::Compiler) {
@@ -480,6 +485,7 @@ mod tests {
         ("rustc-web", "1.96.0+dfsg1-1~deb12u2"),
         ("cargo-web", "1.96.0+dfsg1-1~deb12u2"),
         ("rust-web-src", "1.96.0+dfsg1-1~deb12u2"),
+        ("rust-web-clippy", "1.96.0+dfsg1-1~deb12u2"),
     ];
 
     #[test]
@@ -490,7 +496,10 @@ mod tests {
     #[test]
     fn debian_gets_the_web_pair_and_the_rest_in_one_go() {
         let plan = plan(&facts(Need::RUN, archive(WEB)));
-        assert_eq!(lines(&plan), ["qemu-system-x86 rustc-web cargo-web rust-web-src binutils"]);
+        assert_eq!(
+            lines(&plan),
+            ["qemu-system-x86 rustc-web cargo-web rust-web-src rust-web-clippy binutils"]
+        );
     }
 
     #[test]
@@ -513,18 +522,27 @@ mod tests {
     fn ubuntu_gets_its_newest_versioned_compiler_that_is_whole() {
         let mut packages =
             vec![("rustc", "1.75.0+dfsg0ubuntu1"), ("cargo", "1.75.0"), ("rust-src", "1.75.0")];
-        for (rustc, cargo, source, version) in [
-            ("rustc-1.89", "cargo-1.89", "rust-1.89-src", "1.89.0"),
-            ("rustc-1.91", "cargo-1.91", "rust-1.91-src", "1.91.1+dfsg-0ubuntu1"),
-            ("rustc-1.100", "cargo-1.100", "rust-1.100-src", "1.100.0"),
+        for (rustc, cargo, source, clippy, version) in [
+            ("rustc-1.89", "cargo-1.89", "rust-1.89-src", "rust-1.89-clippy", "1.89.0"),
+            (
+                "rustc-1.91",
+                "cargo-1.91",
+                "rust-1.91-src",
+                "rust-1.91-clippy",
+                "1.91.1+dfsg-0ubuntu1",
+            ),
+            ("rustc-1.100", "cargo-1.100", "rust-1.100-src", "rust-1.100-clippy", "1.100.0"),
         ] {
-            packages.extend([(rustc, version), (cargo, version), (source, version)]);
+            packages.extend([rustc, cargo, source, clippy].map(|name| (name, version)));
         }
         packages.push(("rustc-1.101", "1.101.0"));
         let plan = plan(&facts(&[Need::Compiler], archive(&packages)));
         assert_eq!(
             lines(&plan),
-            ["rustc-1.100 cargo-1.100 rust-1.100-src", "rustc-1.91 cargo-1.91 rust-1.91-src"]
+            [
+                "rustc-1.100 cargo-1.100 rust-1.100-src rust-1.100-clippy",
+                "rustc-1.91 cargo-1.91 rust-1.91-src rust-1.91-clippy"
+            ]
         );
     }
 

@@ -272,9 +272,11 @@ fn archive() -> Archive {
         "rustc-web",
         "cargo-web",
         "rust-web-src",
+        "rust-web-clippy",
         "rustc",
         "cargo",
         "rust-src",
+        "rust-clippy",
         "binutils",
         "qemu-system-x86",
         "qemu-utils",
@@ -286,6 +288,7 @@ fn archive() -> Archive {
             format!("rustc-{suffix}"),
             format!("cargo-{suffix}"),
             format!("rust-{suffix}-src"),
+            format!("rust-{suffix}-clippy"),
         ]);
     }
     let mut policy = vec!["policy"];
