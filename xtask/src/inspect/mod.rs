@@ -10,9 +10,12 @@
 //! - [`trial`]: a call executed as a guest would call it, from a random state,
 //! - [`rules`]: the contract, held against all of that,
 //! - [`survey`] and [`report`]: the same facts for a reader,
+//! - [`flow`] and [`difference`]: two ROMs compared,
 //! - [`format`]: verdicts for other programs.
 
 pub mod answers;
+pub mod difference;
+pub mod flow;
 pub mod format;
 pub mod machine;
 pub mod random;

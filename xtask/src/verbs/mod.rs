@@ -1,6 +1,7 @@
 //! The verbs of the command line, one file each.
 
 pub mod build;
+pub mod diff;
 pub mod docs;
 pub mod inspect;
 pub mod run;
