@@ -3,6 +3,7 @@
 //! Nothing is taken from symbols or from what we know of our own image. The ROM's own `vmi_init`,
 //! `get_reloc` and calls are executed, at a linear address of choice:
 //!
+//! - [`source`]: where ROMs come from: files, objects, dumps, machines,
 //! - [`rom`]: the bytes and the structures in them,
 //! - [`machine`]: a flat 32-bit ring-0 processor that watches what the code does,
 //! - [`answers`]: what `get_reloc` says of each call,
@@ -25,6 +26,7 @@ pub mod rom;
 pub mod rules;
 #[cfg(test)]
 mod samples;
+pub mod source;
 pub mod survey;
 #[cfg(test)]
 mod tests;

@@ -1,16 +1,20 @@
 //! `cargo xtask inspect`: what a ROM's call table does.
 
-use crate::inspect::survey::{OneCall, SCHEMA_VERSION};
-use crate::inspect::{Rom, report, survey};
+use crate::inspect::source::{Candidate, Found, Origin, Other, SourceArgs, address};
+use crate::inspect::survey::{OneCall, SCHEMA_VERSION, Survey};
+use crate::inspect::{HIGH_BASE, report, survey};
+use crate::table::HEAD;
 use anyhow::{Context, Result, bail};
-use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+
+/// What Linux adds to a physical address.
+const KERNEL_OFFSET: u64 = 0xc000_0000;
 
 /// Shows a ROM's header and call table, found by executing the ROM's own code
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// A VMI ROM of revision 3.0
-    file: PathBuf,
+    #[command(flatten)]
+    source: SourceArgs,
 
     /// Show one call with its disassembly: a name (case does not matter) or a number
     #[arg(long, value_name = "NAME")]
@@ -20,9 +24,34 @@ pub struct Args {
     #[arg(long)]
     json: bool,
 
-    /// Linear address at which the ROM is executed, such as 0xC00C8000 or C8000h
-    #[arg(long, value_name = "ADDRESS", value_parser = address, default_value = "0xC00C8000")]
-    base: u32,
+    /// Linear address at which the ROM is executed, such as 0xC00C8000; without it, the physical address + C0000000h
+    #[arg(long, value_name = "ADDRESS", value_parser = linear)]
+    linear: Option<u32>,
+}
+
+/// Several ROMs, as JSON.
+#[derive(serde::Serialize)]
+struct Several<'a> {
+    version: u32,
+    roms: Vec<One<'a>>,
+    others: &'a [Other],
+    left_out: u64,
+}
+
+/// One of several ROMs.
+#[derive(serde::Serialize)]
+struct One<'a> {
+    origin: &'a Origin,
+    remarks: &'a [String],
+    #[serde(flatten)]
+    facts: Facts,
+}
+
+#[derive(serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Facts {
+    Survey(Box<Survey>),
+    Error(String),
 }
 
 /// Shows the facts.
@@ -44,16 +73,60 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 }
 
 fn look(args: &Args) -> Result<String> {
-    let rom = read(&args.file)?;
-    let facts = survey(&rom, args.base).with_context(|| args.file.display().to_string())?;
-    let Some(wanted) = &args.call else {
-        return if args.json { json(&facts) } else { Ok(report::survey(&facts)) };
-    };
+    let found = args.source.find()?;
+    if let ([rom], []) = (found.roms.as_slice(), found.others.as_slice()) {
+        let facts = facts(args, rom)?;
+        return match &args.call {
+            None if args.json => json(&facts),
+            None => Ok(heading(&found, rom) + &report::survey(&facts)),
+            Some(wanted) => one_call(args, &facts, wanted),
+        };
+    }
+    if args.json {
+        if args.call.is_some() {
+            bail!("{} ROMs found: choose one with --rom or --at", found.roms.len());
+        }
+        let roms = found.roms.iter().map(|rom| One {
+            origin: &rom.origin,
+            remarks: &rom.remarks,
+            facts: facts(args, rom).map_or_else(
+                |error| Facts::Error(format!("{error:#}")),
+                |facts| Facts::Survey(Box::new(facts)),
+            ),
+        });
+        let roms = roms.collect();
+        let (others, left_out) = (found.others.as_slice(), found.left_out);
+        return json(&Several { version: SCHEMA_VERSION, roms, others, left_out });
+    }
+    let mut texts = Vec::new();
+    for rom in &found.roms {
+        // One that cannot be looked at says so in its place; the others are still of interest.
+        let text = facts(args, rom).and_then(|facts| match &args.call {
+            None => Ok(report::survey(&facts)),
+            Some(wanted) => one_call(args, &facts, wanted),
+        });
+        texts.push(match text {
+            Ok(text) => heading(&found, rom) + &text,
+            Err(error) if found.roms.len() == 1 => return Err(error),
+            Err(error) => heading(&found, rom) + &format!("error: {error:#}\n"),
+        });
+    }
+    Ok(texts.join("\n") + &remainder(&found))
+}
+
+/// Executes a ROM where a guest would see it.
+fn facts(args: &Args, rom: &Candidate) -> Result<Survey> {
+    let seen = rom.origin.physical.and_then(|address| u32::try_from(address + KERNEL_OFFSET).ok());
+    survey(&rom.rom, args.linear.or(seen).unwrap_or(HIGH_BASE))
+        .with_context(|| rom.origin.to_string())
+}
+
+fn one_call(args: &Args, facts: &Survey, wanted: &str) -> Result<String> {
     let found = facts
         .calls
         .iter()
         .find(|call| call.name.eq_ignore_ascii_case(wanted) || wanted.parse() == Ok(call.number));
-    let Some(call) = found else { bail!("revision 3.0 has no call `{wanted}`") };
+    let Some(call) = found else { bail!("the ROM's revision has no call `{wanted}`") };
     if args.json {
         json(&OneCall { version: SCHEMA_VERSION, call })
     } else {
@@ -61,23 +134,46 @@ fn look(args: &Args) -> Result<String> {
     }
 }
 
+/// Where a ROM was found, unless it is a file of its own.
+pub(super) fn heading(found: &Found, rom: &Candidate) -> String {
+    let Candidate { origin, remarks, .. } = rom;
+    let alone = found.roms.len() == 1 && found.others.is_empty();
+    if alone
+        && *origin == (Origin { place: origin.place.clone(), ..Origin::default() })
+        && remarks.is_empty()
+    {
+        return String::new();
+    }
+    let mut text = format!("{}{origin}{}\n", HEAD.render(), HEAD.render_reset());
+    for remark in remarks {
+        text += &format!("note: {remark}\n");
+    }
+    text
+}
+
+/// What else was found.
+pub(super) fn remainder(found: &Found) -> String {
+    let mut text = String::new();
+    if !found.others.is_empty() {
+        text += "\nother option ROMs:\n";
+    }
+    for other in &found.others {
+        text += &format!("  {other}\n");
+    }
+    if found.left_out != 0 {
+        text += &format!("\n{} more places are not listed; --at looks at one\n", found.left_out);
+    }
+    text
+}
+
 fn json(value: &impl serde::Serialize) -> Result<String> {
     Ok(serde_json::to_string_pretty(value)? + "\n")
 }
 
-/// Reads a file that should hold a ROM.
-pub(super) fn read(file: &Path) -> Result<Rom> {
-    let bytes = std::fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
-    Rom::parse(&bytes).with_context(|| file.display().to_string())
-}
-
-/// A linear address: hexadecimal with `0x` in front or `h` behind, or decimal.
-fn address(text: &str) -> Result<u32, std::num::ParseIntError> {
-    if let Some(digits) = text.strip_prefix("0x").or_else(|| text.strip_suffix(['h', 'H'])) {
-        u32::from_str_radix(digits, 16)
-    } else {
-        text.parse()
-    }
+/// A linear address.
+fn linear(text: &str) -> Result<u32, String> {
+    let address = address(text).map_err(|error| error.to_string())?;
+    u32::try_from(address).map_err(|_| "a linear address has 32 bits".into())
 }
 
 #[cfg(test)]
@@ -86,9 +182,10 @@ mod tests {
 
     #[test]
     fn addresses_in_three_ways() {
-        assert_eq!(address("0xc00c8000"), Ok(0xc00c_8000));
-        assert_eq!(address("C8000h"), Ok(0xc_8000));
-        assert_eq!(address("819200"), Ok(0xc_8000));
-        assert!(address("here").is_err());
+        assert_eq!(linear("0xc00c8000"), Ok(0xc00c_8000));
+        assert_eq!(linear("C8000h"), Ok(0xc_8000));
+        assert_eq!(linear("819200"), Ok(0xc_8000));
+        assert!(linear("here").is_err());
+        assert!(linear("0x100000000").is_err());
     }
 }

@@ -1,17 +1,17 @@
 //! `cargo xtask verify`: whether a ROM keeps the contract.
 
-use super::inspect::read;
+use super::inspect::{heading, remainder};
 use crate::inspect::format::{self, Judged};
-use crate::inspect::{report, verify};
+use crate::inspect::source::{Found, SourceArgs};
+use crate::inspect::{Report, report, verify};
 use anyhow::Result;
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 /// Holds a ROM against the contract: exit 0 if it is clean, 1 with every violation, 2 if it cannot be read
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// A VMI ROM of revision 3.0
-    file: PathBuf,
+    #[command(flatten)]
+    source: SourceArgs,
 
     /// Form of the verdict: for a reader, of our own, for code scanning, for test reports
     #[arg(long, value_enum, default_value_t = Format::Text)]
@@ -31,34 +31,45 @@ enum Format {
     Junit,
 }
 
-impl Format {
-    fn write(self, judged: &Judged<'_>) -> Result<String> {
-        let verdicts = std::slice::from_ref(judged);
-        Ok(match self {
-            Self::Text => report::verdict(judged.report),
-            Self::Json => format::json(verdicts)?,
-            Self::Sarif => format::sarif(verdicts)?,
-            Self::Junit => format::junit(verdicts)?,
-        })
-    }
-}
-
-/// Prints every violation and a summary.
+/// Prints every violation and a summary, for each ROM that is found.
 ///
 /// # Errors
 ///
 /// The output cannot be written.
 pub fn run(args: &Args) -> Result<ExitCode> {
-    let rom = match read(&args.file) {
-        Ok(rom) => rom,
+    let found = match args.source.find() {
+        Ok(found) => found,
         Err(error) => {
+            let error = anyhow::Error::new(error);
             anstream::eprintln!("error: {error:#}");
             return Ok(ExitCode::from(2));
         }
     };
-    let verdict = verify(&rom);
-    let source = args.file.to_string_lossy();
-    let judged = Judged { source: &source, start: 0, report: &verdict };
-    anstream::print!("{}", args.format.write(&judged)?);
-    Ok(if verdict.is_clean() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    let reports: Vec<Report> = found.roms.iter().map(|rom| verify(&rom.rom)).collect();
+    anstream::print!("{}", args.format.write(&found, &reports)?);
+    let is_clean = reports.iter().all(Report::is_clean);
+    Ok(if is_clean { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+impl Format {
+    fn write(self, found: &Found, reports: &[Report]) -> Result<String> {
+        let files: Vec<String> = found.roms.iter().map(|rom| rom.origin.file()).collect();
+        let judged = files.iter().zip(&found.roms).zip(reports);
+        let judged: Vec<Judged<'_>> = judged
+            .map(|((source, rom), report)| Judged { source, start: rom.origin.offset, report })
+            .collect();
+        Ok(match self {
+            Self::Text => text(found, reports),
+            Self::Json => format::json(&judged)?,
+            Self::Sarif => format::sarif(&judged)?,
+            Self::Junit => format::junit(&judged)?,
+        })
+    }
+}
+
+fn text(found: &Found, reports: &[Report]) -> String {
+    let verdicts = found.roms.iter().zip(reports);
+    let verdicts: Vec<String> =
+        verdicts.map(|(rom, report)| heading(found, rom) + &report::verdict(report)).collect();
+    verdicts.join("\n") + &remainder(found)
 }
