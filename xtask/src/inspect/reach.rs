@@ -1,6 +1,6 @@
 //! The instructions that can be reached from an entry, on both sides of every condition.
 
-use super::machine::Code;
+use super::machine::{Code, Trace};
 use iced_x86::{FlowControl, Instruction, OpKind};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -15,6 +15,39 @@ pub struct Reach {
     pub unreadable: Vec<usize>,
     /// Branches through a register or memory of which no execution showed a target.
     pub unresolved: Vec<usize>,
+    /// Whether the inspection's budget ran out before all was followed.
+    pub cut_short: bool,
+}
+
+/// Offsets that some execution came through.
+#[derive(Clone, Debug)]
+pub struct Executed {
+    known: Vec<bool>,
+    offsets: BTreeSet<usize>,
+}
+
+impl Executed {
+    /// None yet.
+    #[must_use]
+    pub fn new(code: &Code<'_>) -> Self {
+        Self { known: vec![false; code.image().len()], offsets: BTreeSet::new() }
+    }
+
+    /// Adds what a run came through. Most of it is known from the run before.
+    pub fn add(&mut self, trace: &Trace) {
+        for offset in &trace.offsets {
+            if let Some(known) = self.known.get_mut(*offset).filter(|known| !**known) {
+                *known = true;
+                self.offsets.insert(*offset);
+            }
+        }
+    }
+
+    /// The offsets.
+    #[must_use]
+    pub fn offsets(&self) -> &BTreeSet<usize> {
+        &self.offsets
+    }
 }
 
 impl Reach {
@@ -33,10 +66,17 @@ impl Reach {
 #[must_use]
 pub fn reach(code: &Code<'_>, entry: usize, executed: &BTreeSet<usize>, cut_short: bool) -> Reach {
     let mut reach = Reach::default();
+    let mut known = vec![false; code.image().len() + 1];
     let mut todo: Vec<usize> = executed.iter().copied().chain([entry]).collect();
     while let Some(offset) = todo.pop() {
-        if reach.instructions.contains_key(&offset) {
+        // All that lies beyond the image is one place.
+        let offset = offset.min(code.image().len());
+        if std::mem::replace(&mut known[offset], true) {
             continue;
+        }
+        if !code.follow() {
+            reach.cut_short = true;
+            break;
         }
         let Some(instruction) = code.at(offset).filter(|found| !found.is_invalid()) else {
             reach.unreadable.push(offset);
@@ -72,6 +112,5 @@ pub fn reach(code: &Code<'_>, entry: usize, executed: &BTreeSet<usize>, cut_shor
         }
     }
     reach.unreadable.sort_unstable();
-    reach.unreadable.dedup();
     reach
 }

@@ -2,7 +2,7 @@
 
 use super::answers::{Table, table};
 use super::machine::{Code, Stop, is_system, registers::GENERAL, written};
-use super::reach::{Reach, reach};
+use super::reach::{Executed, Reach, reach};
 use super::rom::{ReadError, Rom};
 use super::rules::structure_text;
 use super::trial;
@@ -173,8 +173,17 @@ pub struct OneCall<'a> {
 ///
 /// The ROM is not one of revision 3.0.
 pub fn survey(rom: &Rom, base: u32) -> Result<Survey, ReadError> {
+    survey_within(rom, base, FUEL)
+}
+
+/// [`survey`] with a budget of its own: calls that it does not reach are marked as cut short.
+///
+/// # Errors
+///
+/// The ROM is not one of revision 3.0.
+pub fn survey_within(rom: &Rom, base: u32, fuel: u64) -> Result<Survey, ReadError> {
     rom.require_3_0()?;
-    let code = Code::new(rom.image(), FUEL);
+    let code = Code::new(rom.image(), fuel);
     let table = table(&code, base);
     let calls = CALLS_3_0.iter().map(|call| call_facts(&code, &table, call)).collect();
     Ok(Survey {
@@ -257,12 +266,12 @@ fn code_facts(
     kind: vmi_abi::RelocationType,
     offset: usize,
 ) -> CodeFacts {
-    let mut executed = BTreeSet::new();
+    let mut executed = Executed::new(code);
     let (mut most, mut depth, mut cut_short) = (0, 0, false);
     for seed in 0..LOOKS {
         let mut trial = trial::call(code, base, offset, call, kind, seed);
         let stop = trial.machine.run(LOOK_BUDGET);
-        executed.extend(trial.machine.trace.offsets.iter().copied());
+        executed.add(&trial.machine.trace);
         most = most.max(trial.machine.trace.instructions);
         depth = depth.max(trial.machine.stack_depth());
         if matches!(stop, Stop::Budget | Stop::Fuel) {
@@ -273,7 +282,9 @@ fn code_facts(
             break;
         }
     }
-    let reached = reach(code, offset, &executed, cut_short);
+    let executed = executed.offsets();
+    let reached = reach(code, offset, executed, cut_short);
+    cut_short |= reached.cut_short;
     CodeFacts {
         bytes: reached.bytes(),
         instructions: reached.instructions.len(),
@@ -282,7 +293,7 @@ fn code_facts(
         system: system(&reached),
         written: registers(&reached),
         stack_bytes: depth,
-        listing: listing(code, &reached, &executed),
+        listing: listing(code, &reached, executed),
     }
 }
 

@@ -42,7 +42,15 @@ pub enum Denied {
     Image,
     /// Memory that the code was not given.
     NotGranted,
+    /// More different pages than are remembered.
+    Full,
 }
+
+/// Bytes of a page that was not given and is touched all the same.
+const PAGE: usize = 4096;
+
+/// Pages of it that are remembered: what a program fills must not become the host's memory.
+const PAGES_KEPT: usize = 64;
 
 /// Linear memory.
 #[derive(Clone, Debug)]
@@ -53,14 +61,21 @@ pub struct Memory<'a> {
     pub regions: Vec<Region>,
     /// Whether memory that was not given may be touched all the same.
     pub lenient: bool,
-    elsewhere: HashMap<u32, u8>,
+    elsewhere: HashMap<u32, Box<[u8; PAGE]>>,
+    full: bool,
 }
 
 impl<'a> Memory<'a> {
     /// Memory with the image in it.
     #[must_use]
     pub fn new(image: &'a [u8], image_base: u32, regions: Vec<Region>) -> Self {
-        Self { image, image_base, regions, lenient: false, elsewhere: HashMap::new() }
+        Self { image, image_base, regions, lenient: false, elsewhere: HashMap::new(), full: false }
+    }
+
+    /// Whether something was stored that could not be remembered.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        self.full
     }
 
     /// Linear address of the image.
@@ -91,7 +106,10 @@ impl<'a> Memory<'a> {
             return Ok(value);
         }
         if self.lenient {
-            let byte = |i: u32| self.elsewhere.get(&address.wrapping_add(i)).copied().unwrap_or(0);
+            let byte = |i: u32| {
+                let (page, place) = page_of(address.wrapping_add(i));
+                self.elsewhere.get(&page).and_then(|page| page.get(place)).copied().unwrap_or(0)
+            };
             return Ok((0..size as u32)
                 .rev()
                 .fold(0, |value, i| (value << 8) | u64::from(byte(i))));
@@ -120,13 +138,24 @@ impl<'a> Memory<'a> {
             }
         }
         if self.lenient {
-            self.elsewhere.extend(
-                (0..).zip(&bytes[..size]).map(|(i, byte)| (address.wrapping_add(i), *byte)),
-            );
+            for (i, byte) in (0..).zip(&bytes[..size]) {
+                let (page, place) = page_of(address.wrapping_add(i));
+                if self.elsewhere.len() >= PAGES_KEPT && !self.elsewhere.contains_key(&page) {
+                    self.full = true;
+                    return Err(Denied::Full);
+                }
+                let page = self.elsewhere.entry(page).or_insert_with(|| Box::new([0; PAGE]));
+                page[place] = *byte;
+            }
             return Ok(());
         }
         Err(Denied::NotGranted)
     }
+}
+
+/// Number of an address's page, and the place in it.
+fn page_of(address: u32) -> (u32, usize) {
+    (address / PAGE as u32, address as usize % PAGE)
 }
 
 #[cfg(test)]
@@ -153,5 +182,19 @@ mod tests {
         memory.lenient = true;
         assert_eq!(memory.write(u32::MAX, 2, 0x0807), Ok(()));
         assert_eq!(memory.read(u32::MAX, 2), Ok(0x0807));
+    }
+
+    #[test]
+    fn only_so_much_is_remembered() {
+        let mut memory = Memory::new(&[], 0, Vec::new());
+        memory.lenient = true;
+        for page in 0..PAGES_KEPT as u32 {
+            assert_eq!(memory.write(page * PAGE as u32, 8, 7), Ok(()));
+        }
+        assert!(!memory.is_full());
+        assert_eq!(memory.write(4, 4, 8), Ok(()));
+        assert_eq!(memory.write(u32::MAX, 1, 7), Err(Denied::Full));
+        assert!(memory.is_full());
+        assert_eq!(memory.read(4, 4), Ok(8));
     }
 }

@@ -32,7 +32,8 @@ use std::fmt;
 pub struct Code<'a> {
     image: &'a [u8],
     decoded: RefCell<Vec<Option<Decoded>>>,
-    /// Instructions that may still be executed in all, against programs made to take for ever.
+    /// What may still be spent in all, against programs made to take for ever: one for each
+    /// instruction executed, [`REACH_COST`] for each one followed without being executed.
     fuel: Cell<u64>,
 }
 
@@ -45,6 +46,9 @@ struct Decoded {
     /// General registers written, as places in [`registers::GENERAL`].
     writes: u8,
 }
+
+/// What it costs to follow an instruction without executing it. It is kept, and perhaps shown.
+const REACH_COST: u64 = 8;
 
 impl<'a> Code<'a> {
     /// An image's code.
@@ -64,6 +68,24 @@ impl<'a> Code<'a> {
     #[must_use]
     pub fn at(&self, offset: usize) -> Option<Instruction> {
         self.lookup(offset).map(|decoded| decoded.instruction)
+    }
+
+    /// Whether the instruction at an offset is one of [`is_vector`].
+    #[must_use]
+    pub fn vector_at(&self, offset: usize) -> bool {
+        self.lookup(offset).is_some_and(|decoded| decoded.vector)
+    }
+
+    /// Pays for following one more instruction; `false` if there is nothing left to pay with.
+    #[must_use]
+    pub fn follow(&self) -> bool {
+        self.spend(REACH_COST)
+    }
+
+    fn spend(&self, cost: u64) -> bool {
+        let left = self.fuel.get().checked_sub(cost);
+        self.fuel.set(left.unwrap_or(0));
+        left.is_some()
     }
 
     fn lookup(&self, offset: usize) -> Option<Decoded> {
@@ -213,6 +235,20 @@ pub enum Breach {
     Vector,
 }
 
+impl Breach {
+    /// A number for each kind.
+    const fn kind(&self) -> usize {
+        match self {
+            Self::StoreIntoImage { .. } => 0,
+            Self::Read { .. } => 1,
+            Self::Write { .. } => 2,
+            Self::Segment { .. } => 3,
+            Self::BelowStack { .. } | Self::CallerStack { .. } => 4,
+            Self::Vector => 5,
+        }
+    }
+}
+
 impl fmt::Display for Breach {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -266,7 +302,7 @@ pub enum Stop {
     Interrupt(u8),
     /// The instruction budget of the run is used up.
     Budget,
-    /// The instruction budget of the whole inspection is used up.
+    /// A budget of the whole inspection is used up: of instructions, or of memory to remember with.
     Fuel,
     /// An instruction that the machine does not know.
     Undecided,
@@ -293,8 +329,17 @@ pub struct Trace {
     pub flags_writer: Option<usize>,
     /// Values that the watched place took, with the instruction's offset.
     pub watched: Vec<(usize, u64)>,
-    seen: Vec<bool>,
+    /// For each offset [`EXECUTED`] and the kinds of breaches that are known of it.
+    seen: Vec<u8>,
+    /// Breaches kept, by kind.
+    kept: [usize; 6],
 }
+
+/// Marks an offset that was executed, beside the bits of [`Breach::kind`].
+const EXECUTED: u8 = 0x80;
+
+/// Places kept of each kind of breach in a run; a hostile image may have one at every instruction.
+const BREACHES_KEPT: usize = 64;
 
 /// Events kept of a run; loops may make any number.
 const EVENTS_KEPT: usize = 256;
@@ -333,7 +378,7 @@ impl<'a> Machine<'a> {
         random: Random,
     ) -> Self {
         let esp = registers.get(Register::ESP);
-        let trace = Trace { seen: vec![false; code.image.len()], ..Trace::default() };
+        let trace = Trace { seen: vec![0; code.image.len()], ..Trace::default() };
         Self {
             code,
             registers,
@@ -383,15 +428,16 @@ impl<'a> Machine<'a> {
             .offset_of(self.registers.eip)
             .and_then(|offset| Some((offset, self.code.lookup(offset)?)));
         let Some((offset, decoded)) = decoded else { return Err(Stop::Left) };
-        let fuel = self.code.fuel.get().checked_sub(1).ok_or(Stop::Fuel)?;
-        self.code.fuel.set(fuel);
+        if !self.code.spend(1) || self.memory.is_full() {
+            return Err(Stop::Fuel);
+        }
 
         let instruction = decoded.instruction;
         self.trace.instructions += 1;
         self.trace.last = offset;
         self.trace.shadowed = std::mem::take(&mut self.shadow);
-        if let Some(seen) = self.trace.seen.get_mut(offset).filter(|seen| !**seen) {
-            *seen = true;
+        if let Some(seen) = self.trace.seen.get_mut(offset).filter(|seen| **seen & EXECUTED == 0) {
+            *seen |= EXECUTED;
             self.trace.offsets.push(offset);
         }
         if instruction.is_invalid() {
@@ -420,11 +466,15 @@ impl<'a> Machine<'a> {
     }
 
     fn breach(&mut self, breach: Breach) {
-        let known = self.trace.breaches.iter().any(|(offset, other)| {
-            *offset == self.trace.last
-                && std::mem::discriminant(other) == std::mem::discriminant(&breach)
-        });
-        if !known {
+        let kind = breach.kind();
+        let (Some(seen), Some(kept)) =
+            (self.trace.seen.get_mut(self.trace.last), self.trace.kept.get_mut(kind))
+        else {
+            return;
+        };
+        if *seen & (1 << kind) == 0 && *kept < BREACHES_KEPT {
+            *seen |= 1 << kind;
+            *kept += 1;
             self.trace.breaches.push((self.trace.last, breach));
         }
     }
@@ -488,6 +538,8 @@ impl<'a> Machine<'a> {
             Ok(()) => {}
             Err(Denied::Image) => self.breach(Breach::StoreIntoImage { address }),
             Err(Denied::NotGranted) => self.breach(Breach::Write { address }),
+            // The next instruction is not executed any more.
+            Err(Denied::Full) => {}
         }
         if self.on_stack(address) {
             self.note_depth(address);

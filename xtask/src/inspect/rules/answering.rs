@@ -4,11 +4,10 @@ use super::{Report, Rule, Subject};
 use crate::inspect::answers::{self, ASK_BUDGET, Asked, GET_RELOC, INIT_BUDGET, Table, VMI_INIT};
 use crate::inspect::machine::registers::GENERAL;
 use crate::inspect::machine::{Code, Machine, Registers, Stop, flags};
-use crate::inspect::reach::reach;
+use crate::inspect::reach::{Executed, reach};
 use crate::inspect::trial;
 use crate::inspect::{HIGH_BASE, LOW_BASE};
 use iced_x86::Register;
-use std::collections::BTreeSet;
 use vmi_abi::{CALLS_3_0, Group, RelocationType, STACK_LIMIT};
 
 /// Times that each call is asked for: with them a ROM gets as many questions as in a boot of Linux.
@@ -22,12 +21,12 @@ const BEYOND: [u32; 12] =
 const OWN_LIMIT: u64 = 24;
 
 pub(super) fn check_init(code: &Code<'_>, report: &mut Report) {
-    let mut executed = BTreeSet::new();
+    let mut executed = Executed::new(code);
     for base in [HIGH_BASE, LOW_BASE] {
         let mut entry = trial::plain(code, base, VMI_INIT, 0).entry;
         entry.eflags &= !flags::INTERRUPT;
         let (machine, stop) = answers::initialise(code, base);
-        executed.extend(machine.trace.offsets.iter().copied());
+        executed.add(&machine.trace);
         let before = report.violations.len();
         if ended(code, &Subject::INIT, Rule::Init, &machine, stop, INIT_BUDGET, report) {
             let result = machine.registers.get(Register::EAX);
@@ -44,7 +43,7 @@ pub(super) fn check_init(code: &Code<'_>, report: &mut Report) {
             break;
         }
     }
-    let reached = reach(code, VMI_INIT, &executed, false);
+    let reached = reach(code, VMI_INIT, executed.offsets(), false);
     report.reachable(code, &Subject::INIT, &reached);
 }
 
@@ -67,7 +66,7 @@ fn ended(
         Stop::Interrupt(vector) => format!("raises exception or interrupt {vector}"),
         Stop::Budget => format!("did not return within {budget} instructions"),
         Stop::Fuel => {
-            let detail = "cannot decide: the inspection's budget of instructions is used up";
+            let detail = super::OUT_OF_FUEL;
             report.code(code, subject, Rule::Undecided, at, detail);
             return false;
         }
@@ -117,12 +116,12 @@ fn keeps(
 }
 
 pub(super) fn check(code: &Code<'_>, high: &Table, low: &Table, report: &mut Report) {
-    let mut executed = BTreeSet::new();
+    let mut executed = Executed::new(code);
     if check_asking(code, high, low, &mut executed, report) {
         check_constancy(code, high, report);
         check_beyond(code, report);
     }
-    let reached = reach(code, GET_RELOC, &executed, false);
+    let reached = reach(code, GET_RELOC, executed.offsets(), false);
     report.reachable(code, &Subject::GET_RELOC, &reached);
     check_answers(code, high, low, report);
     check_groups(code, high, report);
@@ -137,13 +136,13 @@ fn check_asking(
     code: &Code<'_>,
     high: &Table,
     low: &Table,
-    executed: &mut BTreeSet<usize>,
+    executed: &mut Executed,
     report: &mut Report,
 ) -> bool {
     for (table, base) in [(high, HIGH_BASE), (low, LOW_BASE)] {
         for number in 0..CALLS_3_0.len() as u32 {
             let (asked, answer) = answers::ask(code, base, number, 1 + u64::from(number));
-            executed.extend(asked.start.machine.trace.offsets.iter().copied());
+            executed.add(&asked.start.machine.trace);
             judge_asked(code, &asked, report);
             if answer.is_none() {
                 let known = table.answers.iter().flatten().count();

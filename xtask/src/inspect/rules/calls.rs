@@ -5,11 +5,10 @@ use super::{Report, Rule, Subject, effects};
 use crate::inspect::answers::{Answer, Table};
 use crate::inspect::machine::registers::{GENERAL, SEGMENTS};
 use crate::inspect::machine::{Code, Stop, flags};
-use crate::inspect::reach::reach;
+use crate::inspect::reach::{Executed, reach};
 use crate::inspect::trial::{self, Trial};
 use crate::inspect::{HIGH_BASE, LOW_BASE};
 use iced_x86::Register;
-use std::collections::BTreeSet;
 use vmi_abi::{CALLS_3_0, Call, Ending, Registers, STACK_LIMIT, number};
 
 /// States from which each call is executed, at each base.
@@ -51,7 +50,7 @@ fn check_call(
     };
     let stops = call.contract.ending == Ending::Stops;
     let trials = if stops { STOPPING_TRIALS } else { TRIALS };
-    let mut executed = BTreeSet::new();
+    let mut executed = Executed::new(code);
     let mut most = 0;
     let mut cut_short = false;
     for seed in 0..trials {
@@ -62,7 +61,7 @@ fn check_call(
         };
         let mut high = trial::call(code, HIGH_BASE, offset, call, answer.kind, seed);
         let stop = high.machine.run(budget);
-        executed.extend(high.machine.trace.offsets.iter().copied());
+        executed.add(&high.machine.trace);
         most = most.max(high.machine.trace.instructions);
         cut_short |= matches!(stop, Stop::Budget | Stop::Fuel);
         let goes_on = check.judge(&high, stop);
@@ -78,7 +77,8 @@ fn check_call(
             break;
         }
     }
-    let reached = reach(code, offset, &executed, cut_short);
+    let executed = executed.offsets();
+    let reached = reach(code, offset, executed, cut_short);
     check.report.reachable(code, &check.subject, &reached);
     let looked_at = reached.instructions.keys().filter(|offset| !executed.contains(offset));
     if let Some(first) = looked_at.clone().next() {
@@ -140,7 +140,7 @@ impl Check<'_, '_> {
                 return true;
             }
             Stop::Fuel => {
-                let detail = "cannot decide: the inspection's budget of instructions is used up";
+                let detail = super::OUT_OF_FUEL;
                 self.once(Rule::Undecided, Some(trace.last), detail);
                 return false;
             }

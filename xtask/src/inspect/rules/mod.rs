@@ -16,6 +16,7 @@ use super::rom::Rom;
 use super::{HIGH_BASE, LOW_BASE};
 use iced_x86::{Formatter, Instruction, IntelFormatter};
 use serde::Serialize;
+use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use vmi_abi::{CallNumber, REVISION_3_0};
 
@@ -139,7 +140,16 @@ pub struct Report {
     pub table: Option<Table>,
     /// Most instructions of a call that were executed at once, by number.
     pub executed: Vec<Option<u64>>,
+    /// Places already listed, by rule and subject.
+    places: HashMap<(Rule, &'static str), BTreeSet<usize>>,
 }
+
+/// Places listed of what breaks one rule in one call: a hostile image has one at every instruction.
+const PLACES_LISTED: usize = 32;
+
+/// Why a rule may be undecided.
+const OUT_OF_FUEL: &str =
+    "cannot decide: the inspection's budget of instructions or memory is used up";
 
 impl Report {
     /// Whether no rule is broken.
@@ -186,14 +196,15 @@ impl Report {
         offset: Option<usize>,
         detail: impl Into<String>,
     ) {
-        let known = self.violations.iter().any(|found| {
-            found.rule == rule
-                && found.subject == subject.name
-                && found.offset == offset
-                && offset.is_some()
-        });
-        if known {
-            return;
+        if let Some(offset) = offset {
+            let places = self.places.entry((rule, subject.name)).or_default();
+            if places.len() > PLACES_LISTED || !places.insert(offset) {
+                return;
+            }
+            if places.len() > PLACES_LISTED {
+                let detail = format!("more places than the {PLACES_LISTED} listed break this rule");
+                return self.code(code, subject, rule, None, detail);
+            }
         }
         let instruction = offset.and_then(|offset| code.at(offset)).map(|i| disassemble(&i));
         self.violations.push(Violation {
@@ -222,10 +233,13 @@ impl Report {
 
     /// What can be seen in the code without executing it.
     fn reachable(&mut self, code: &Code<'_>, subject: &Subject, reach: &Reach) {
-        for (offset, instruction) in &reach.instructions {
-            if super::machine::is_vector(instruction) {
+        for offset in reach.instructions.keys() {
+            if code.vector_at(*offset) {
                 self.code(code, subject, Rule::Vector, Some(*offset), Breach::Vector.to_string());
             }
+        }
+        if reach.cut_short {
+            self.code(code, subject, Rule::Undecided, None, OUT_OF_FUEL);
         }
         for (offset, target) in &reach.leaves {
             let detail = format!("branches out of the image, to offset {target:X}h");
@@ -281,6 +295,12 @@ pub fn formatter() -> IntelFormatter {
 /// Holds a ROM against every rule.
 #[must_use]
 pub fn verify(rom: &Rom) -> Report {
+    verify_within(rom, FUEL)
+}
+
+/// [`verify`] with a budget of its own: what it does not reach is [`Rule::Undecided`].
+#[must_use]
+pub fn verify_within(rom: &Rom, fuel: u64) -> Report {
     let mut report = Report::default();
     structure::check(rom, &mut report);
     if rom.revision().major != REVISION_3_0.major {
@@ -290,7 +310,7 @@ pub fn verify(rom: &Rom) -> Report {
         );
         return report;
     }
-    let code = Code::new(rom.image(), FUEL);
+    let code = Code::new(rom.image(), fuel);
     answering::check_init(&code, &mut report);
     let high = table(&code, HIGH_BASE);
     let low = table(&code, LOW_BASE);
