@@ -5,6 +5,7 @@
 //!
 //! - [`source`]: where ROMs come from: files, objects, dumps, machines,
 //! - [`rom`]: the bytes and the structures in them,
+//! - [`hostile`]: what must hold for any input,
 //! - [`machine`]: a flat 32-bit ring-0 processor that watches what the code does,
 //! - [`answers`]: what `get_reloc` says of each call,
 //! - [`reach`]: the instructions that can be reached from an entry, executed or not,
@@ -18,6 +19,7 @@ pub mod answers;
 pub mod difference;
 pub mod flow;
 pub mod format;
+pub mod hostile;
 pub mod machine;
 pub mod random;
 pub mod reach;

@@ -1,0 +1,7 @@
+//! Any bytes as code.
+
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|bytes: &[u8]| xtask::inspect::hostile::machine(bytes));
