@@ -10,7 +10,7 @@ use std::ffi::OsString;
 use std::fmt;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -198,6 +198,33 @@ pub enum Error {
     NoPci(Model),
 }
 
+/// A machine that runs beside us.
+#[derive(Debug)]
+pub struct Running {
+    child: Child,
+    /// The copies of its ROMs.
+    _folder: tempfile::TempDir,
+}
+
+impl Running {
+    /// Whether QEMU is there.
+    ///
+    /// # Errors
+    ///
+    /// The system does not say.
+    pub fn is_alive(&mut self) -> Result<bool, Error> {
+        Ok(self.child.try_wait()?.is_none())
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
 impl Machine {
     /// QEMU's arguments.
     ///
@@ -248,6 +275,27 @@ impl Machine {
         }
         arguments.extend(self.extra.iter().cloned());
         Ok(arguments)
+    }
+
+    /// Starts the machine and leaves it to itself; it ends when the answer is dropped.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be started.
+    pub fn start(&self, emulator: &Emulator) -> Result<Running, Error> {
+        let folder = tempfile::tempdir()?;
+        let arguments = self.with_copies(folder.path())?.arguments()?;
+        let child = Command::new(&emulator.path)
+            .args(&arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .map_err(|source| Error::Start {
+                program: emulator.path.display().to_string(),
+                source,
+            })?;
+        Ok(Running { child, _folder: folder })
     }
 
     /// Runs the machine to its end or to the limit.

@@ -10,6 +10,8 @@ mod dev_mem;
 mod gdb;
 mod qmp;
 mod scan;
+#[cfg(test)]
+mod tests;
 mod wire;
 
 pub use dev_mem::DevMemError;
