@@ -13,6 +13,7 @@
 //! - [`rules`]: the contract, held against all of that,
 //! - [`survey`] and [`report`]: the same facts for a reader,
 //! - [`flow`] and [`difference`]: two ROMs compared,
+//! - [`map`]: where every byte goes,
 //! - [`format`]: verdicts for other programs.
 
 pub mod answers;
@@ -21,6 +22,7 @@ pub mod flow;
 pub mod format;
 pub mod hostile;
 pub mod machine;
+pub mod map;
 pub mod random;
 pub mod reach;
 pub mod report;

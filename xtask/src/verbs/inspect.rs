@@ -2,9 +2,10 @@
 
 use crate::inspect::source::{Candidate, Found, Origin, Other, SourceArgs, address};
 use crate::inspect::survey::{OneCall, SCHEMA_VERSION, Survey};
-use crate::inspect::{HIGH_BASE, report, survey};
+use crate::inspect::{HIGH_BASE, map, report, survey};
 use crate::table::HEAD;
 use anyhow::{Context, Result, bail};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// What Linux adds to a physical address.
@@ -27,6 +28,10 @@ pub struct Args {
     /// Linear address at which the ROM is executed, such as 0xC00C8000; without it, the physical address + C0000000h
     #[arg(long, value_name = "ADDRESS", value_parser = linear)]
     linear: Option<u32>,
+
+    /// Show where every byte goes, and what lies in the option-ROM area: an SVG picture to write, or `-` for text
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["call", "json"])]
+    map: Option<PathBuf>,
 }
 
 /// Several ROMs, as JSON.
@@ -74,6 +79,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 
 fn look(args: &Args) -> Result<String> {
     let found = args.source.find()?;
+    if let Some(file) = &args.map {
+        return draw(args, &found, file);
+    }
     if let ([rom], []) = (found.roms.as_slice(), found.others.as_slice()) {
         let facts = facts(args, rom)?;
         return match &args.call {
@@ -114,12 +122,46 @@ fn look(args: &Args) -> Result<String> {
     Ok(texts.join("\n") + &remainder(&found))
 }
 
+/// Where every byte of each ROM goes, as a picture in a file or as text.
+fn draw(args: &Args, found: &Found, file: &Path) -> Result<String> {
+    let mut maps = Vec::new();
+    for rom in &found.roms {
+        maps.push((rom.origin.to_string(), map::map(&rom.rom, &facts(args, rom)?)));
+    }
+    // A file has no addresses; what lies in the area is known of a dump or a machine.
+    let placed = |physical: Option<u64>, length: usize, label: String| {
+        let address = u32::try_from(physical?).ok()?;
+        Some(map::Placed { address, length, label })
+    };
+    let ours = found.roms.iter().filter_map(|rom| {
+        let revision = rom.rom.revision();
+        let label = format!("VMI {}.{}", revision.major, revision.minor);
+        placed(rom.origin.physical, rom.rom.claimed_length(), label)
+    });
+    let others = found
+        .others
+        .iter()
+        .filter_map(|other| placed(other.physical, other.bytes, other.kind.to_string()));
+    let area: Vec<map::Placed> = ours.chain(others).collect();
+    if file == Path::new("-") {
+        let mut text = String::new();
+        for (title, spans) in &maps {
+            text += &format!("{}{title}{}\n", HEAD.render(), HEAD.render_reset());
+            text += &format!("{}\n", map::text(spans));
+        }
+        if !area.is_empty() {
+            text += &map::area_text(&area);
+        }
+        return Ok(text);
+    }
+    std::fs::write(file, map::svg(&maps, &area))
+        .with_context(|| format!("cannot write {}", file.display()))?;
+    Ok(format!("{} written\n", file.display()))
+}
+
 /// Executes a ROM where a guest would see it.
 fn facts(args: &Args, rom: &Candidate) -> Result<Survey> {
-    let seen = rom
-        .origin
-        .physical
-        .and_then(|address| u32::try_from(address.checked_add(KERNEL_OFFSET)?).ok());
+    let seen = rom.origin.physical.and_then(|address| u32::try_from(address + KERNEL_OFFSET).ok());
     survey(&rom.rom, args.linear.or(seen).unwrap_or(HIGH_BASE))
         .with_context(|| rom.origin.to_string())
 }
