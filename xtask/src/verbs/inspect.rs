@@ -161,7 +161,10 @@ fn draw(args: &Args, found: &Found, file: &Path) -> Result<String> {
 
 /// Executes a ROM where a guest would see it.
 fn facts(args: &Args, rom: &Candidate) -> Result<Survey> {
-    let seen = rom.origin.physical.and_then(|address| u32::try_from(address + KERNEL_OFFSET).ok());
+    let seen = rom
+        .origin
+        .physical
+        .and_then(|address| u32::try_from(address.checked_add(KERNEL_OFFSET)?).ok());
     survey(&rom.rom, args.linear.or(seen).unwrap_or(HIGH_BASE))
         .with_context(|| rom.origin.to_string())
 }
