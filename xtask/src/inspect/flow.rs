@@ -132,7 +132,7 @@ mod tests {
     use iced_x86::code_asm::*;
 
     fn texts(image: &[u8]) -> Vec<String> {
-        let code = Code::new(image, 0);
+        let code = Code::new(image, 1_000);
         let reached = reach(&code, 0, &BTreeSet::new(), false);
         steps(&reached, 0).into_iter().map(|step| step.text).collect()
     }
