@@ -309,6 +309,7 @@ fn rust_flags(compiler: &Compiler, top: &Path) -> Vec<String> {
 
 /// Runs Cargo, shows its last line as progress, and all of its lines if it fails.
 fn run(command: &mut Command, progress: &Progress) -> Result<()> {
+    log::debug!("{command:?}");
     let mut child = command
         .stdin(Stdio::null())
         .stdout(Stdio::null())

@@ -26,6 +26,8 @@ enum Verb {
 }
 
 fn main() -> ExitCode {
+    // `RUST_LOG=debug` shows every command that is run, with what it is told by its environment.
+    env_logger::init();
     let done = match CommandLine::parse().verb {
         Verb::Setup(args) => verbs::setup::run(&args),
         Verb::Build(args) => verbs::build::run(&args),

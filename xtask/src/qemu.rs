@@ -320,6 +320,7 @@ impl Machine {
         debug_option.push(&debug_path);
         arguments.extend(["-debugcon".into(), debug_option]);
 
+        log::debug!("{} {arguments:?}", emulator.path.display());
         let start = Instant::now();
         let mut child = Command::new(&emulator.path)
             .args(&arguments)

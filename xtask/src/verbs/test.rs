@@ -81,6 +81,7 @@ fn has(subcommand: &str) -> bool {
 
 /// Runs a step to its end and counts it.
 fn count(totals: &mut Totals, mut command: Command) -> Result<()> {
+    log::debug!("{command:?}");
     let status = command.status().context("cargo does not start")?;
     let (style, word) = if status.success() { (GOOD, "passed") } else { (BAD, "FAILED") };
     anstream::println!("{}{word}{}", style.render(), style.render_reset());
@@ -140,6 +141,7 @@ fn tests(filter: Option<&str>, totals: &mut Totals) -> Result<()> {
     if std::io::stdout().is_terminal() {
         command.args(["--color", "always"]);
     }
+    log::debug!("{command:?}");
     let mut child = command.stdout(Stdio::piped()).spawn().context("cargo does not start")?;
     let before = *totals;
     if let Some(pipe) = child.stdout.take() {
