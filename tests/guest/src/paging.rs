@@ -292,9 +292,7 @@ impl Space {
             processor::wrmsr(x86::msr::IA32_EFER, efer | NO_EXECUTE_ENABLE);
         }
         // Paging is off for a moment: the code that does it must be where it is in physical memory.
-        for linear in text().step_by(PAGE as usize) {
-            self.map(linear - PAGE_OFFSET, linear - PAGE_OFFSET, 0);
-        }
+        self.prepare_to_switch();
         // SAFETY: both the old tables and the new ones map the routine at its physical address and
         // the kernel where it is linked; interrupts are off.
         unsafe { switch_tables(self.cr3(), features) };
@@ -304,8 +302,8 @@ impl Space {
         processor::set_cr3(self.cr3());
     }
 
-    /// Puts the identity mapping of the code back, so that another space can be activated.
-    pub(crate) fn prepare_to_leave(self) {
+    /// Maps the code at its physical address too, for the moment in which this space comes or goes.
+    pub(crate) fn prepare_to_switch(self) {
         for linear in text().step_by(PAGE as usize) {
             self.map(linear - PAGE_OFFSET, linear - PAGE_OFFSET, 0);
         }

@@ -45,6 +45,12 @@ const HARD_RESET: u32 = 2;
 const RECORD: u32 = 0x80_0000;
 
 impl Record {
+    fn new(phase: u32, report: &Report, number: CallNumber, mode: usize, place: usize) -> Self {
+        let (points, failures) = (report.points(), report.failures());
+        let (mode, place) = (mode as u32, place as u32);
+        Self { magic: MAGIC, phase, points, failures, number: number.0, mode, place, check: 0 }
+    }
+
     fn pointer() -> *mut Self {
         (PAGE_OFFSET + RECORD) as *mut Self
     }
@@ -117,7 +123,7 @@ fn first_start() -> ! {
         let space = if mode == Mode::NonPae {
             space
         } else {
-            space.prepare_to_leave();
+            space.prepare_to_switch();
             let space = Space::new(mode);
             space.activate();
             space
@@ -150,16 +156,8 @@ fn test_rom(report: &mut Report, space: Space, mode: usize, rom: Rom) {
         if number == number::Reboot {
             continue; // The last test of all.
         }
-        let record = Record {
-            magic: MAGIC,
-            phase: TESTING,
-            points: report.points(),
-            failures: report.failures(),
-            number: number.0,
-            mode: mode as u32,
-            place: PLACES.iter().position(|place| *place == rom.place).unwrap_or(0) as u32,
-            check: 0,
-        };
+        let place = PLACES.iter().position(|place| *place == rom.place).unwrap_or(0);
+        let record = Record::new(TESTING, report, number, mode, place);
         record.store();
         line!(
             "# begin mode={} alias={} number={} name={}",
@@ -219,16 +217,7 @@ fn conclude(report: &mut Report, session: &Session) {
 /// Asks for a reset; the guest that starts again goes on in [`started_again`].
 fn test_reset(report: &Report, rom: Rom, phase: u32) -> ! {
     let mode = usize::from(paging::has_pae());
-    let record = Record {
-        magic: MAGIC,
-        phase,
-        points: report.points(),
-        failures: report.failures(),
-        number: number::Reboot.0,
-        mode: mode as u32,
-        place: 0,
-        check: 0,
-    };
+    let record = Record::new(phase, report, number::Reboot, mode, 0);
     let call = number::Reboot.call().expect("the declaration has it");
     let space = Space::current(MODES[mode]);
     let mut session = open(space, rom, call, number::Reboot);
@@ -276,7 +265,7 @@ fn started_again(record: Record) -> ! {
 /// Reboot is asked for in the mode in which the suite ended.
 fn return_to_mode(mode: u32, space: Space) {
     if MODES[(mode as usize).min(1)] == Mode::Pae {
-        space.prepare_to_leave();
+        space.prepare_to_switch();
         Space::new(Mode::Pae).activate();
     }
 }
