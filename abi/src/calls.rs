@@ -4,11 +4,12 @@
 //! hands all rows to a macro of the caller's. The image makes its relocation table that way, this
 //! module [`number`], [`CALLS_3_0`] and [`CALLS_13`].
 
-use crate::header::SLOT_COUNT;
+use crate::header::{RomHeader, SLOT_COUNT};
 use crate::{
-    Answers, Argument, Call, Contract, Deferral, Ending, Group, Place, Registers, Segments, Site,
-    Slot,
+    Answers, Argument, Call, Contract, Deferral, Ending, Group, Place, REVISION_3_0, REVISION_13_0,
+    Registers, Revision, Segments, Site, Slot,
 };
+use core::mem::offset_of;
 use static_assertions::const_assert;
 
 /// A call's number in revision 3.0. A guest may ask for any 32-bit value.
@@ -568,6 +569,7 @@ macro_rules! for_each_call {
                 /// Tells that the guest spins.
                 Pause => Contract {
                     slot: Slot::new(41),
+                    answers: Answers::NOTIFICATION,
                     ..Contract::STANDARD
                 }
                 /// SetPxE without flags.
@@ -630,6 +632,7 @@ macro_rules! for_each_call {
                 FlushDeferredCalls => Contract {
                     slot: Slot::new(57),
                     arguments: &[arg("flags", Place::Eax)],
+                    answers: Answers::NOTIFICATION,
                     ..Contract::STANDARD
                 }
                 /// Clears a 64-bit page-table entry in one step; the old one is the result.
@@ -689,6 +692,16 @@ macro_rules! declare {
             contract: $contract,
         }, )* ];
 
+        /// The slots of the calls that only revision 13.x has, by the specification's names.
+        #[expect(non_upper_case_globals, reason = "the specification's names")]
+        pub mod slot {
+            use super::*;
+            $( #[doc = $old_summary] pub const $old_name: Slot = match $old_contract.slot {
+                Some(slot) => slot,
+                None => panic!("a call that no revision has"),
+            }; )*
+        }
+
         /// The calls that only revision 13.x has.
         const ONLY_13: &[Call] = &[ $( Call {
             name: stringify!($old_name),
@@ -721,6 +734,8 @@ pub const SLOTS_13: core::ops::RangeInclusive<u8> = 4..=87;
 
 const_assert!(numbers_are_indices());
 const_assert!(slots_are_complete());
+// Both kinds of guests find the code that prepares the ROM at the same place.
+const_assert!(slot::Init.offset() == offset_of!(RomHeader, vmi_init));
 
 const fn numbers_are_indices() -> bool {
     let mut i = 0;
@@ -743,6 +758,33 @@ const fn slots_are_complete() -> bool {
         slot += 1;
     }
     true
+}
+
+impl Revision {
+    /// The calls by the revision's own numbers; none for a revision that this crate does not know.
+    ///
+    /// Of a minor revision beyond the known ones it gives the calls of the last known one.
+    pub fn calls(self) -> impl Iterator<Item = (u32, &'static Call)> + Clone {
+        (0..CALLS_3_0.len().max(SLOT_COUNT) as u32)
+            .filter_map(move |number| Some((number, self.call(number)?)))
+    }
+
+    /// The call of this number in the revision.
+    #[must_use]
+    pub fn call(self, number: u32) -> Option<&'static Call> {
+        if self.major == REVISION_3_0.major {
+            return CallNumber(number).call();
+        }
+        let call = CALLS_13.get(usize::try_from(number).ok()?).copied().flatten()?;
+        let since = call.contract.slot?.since_minor;
+        (self.major == REVISION_13_0.major && self.minor >= since).then_some(call)
+    }
+
+    /// Whether the calls lie in slots, and are not looked up by `get_reloc`.
+    #[must_use]
+    pub const fn has_slots(self) -> bool {
+        self.major == REVISION_13_0.major
+    }
 }
 
 impl CallNumber {
@@ -802,6 +844,25 @@ mod tests {
         assert_eq!(words(number::AllocatePage), 2);
         assert_eq!(words(number::SetAlarm), 2);
         assert_eq!(words(number::SetPxE), 0);
+    }
+
+    #[test]
+    fn a_revision_has_its_own_numbers() {
+        let of = |major, minor| Revision { major, minor };
+        let count = |revision: Revision| revision.calls().count();
+        assert_eq!(
+            [of(3, 0), of(13, 0), of(13, 2), of(13, 3), of(13, 9), of(4, 0)].map(count),
+            [74, 81, 81, 84, 84, 0]
+        );
+        let name =
+            |revision: Revision, number| revision.call(number).map_or("none", |call| call.name);
+        assert_eq!(name(REVISION_3_0, 4), "SetLDT");
+        assert_eq!(name(REVISION_13_0, 4), "Init");
+        assert_eq!(name(REVISION_13_0, 85), "none");
+        assert_eq!(name(of(13, 3), 85), "GetRelocationInfo");
+        assert_eq!(name(of(13, 3), 3), "none");
+        assert_eq!(name(of(13, 3), u32::MAX), "none");
+        assert_eq!(slot::GetRelocationInfo, Slot { number: 85, since_minor: 3 });
     }
 
     #[test]

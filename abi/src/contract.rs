@@ -1,6 +1,7 @@
 //! What a call promises: the vocabulary in which [`crate::calls`] is written.
 
 use crate::CallNumber;
+use crate::header::SLOT_SIZE;
 use bitflags::bitflags;
 
 /// One call of the interface.
@@ -89,6 +90,12 @@ pub struct Slot {
 }
 
 impl Slot {
+    /// Offset of its code in the image.
+    #[must_use]
+    pub const fn offset(self) -> usize {
+        self.number as usize * SLOT_SIZE
+    }
+
     /// A slot that every 13.x ROM has.
     #[must_use]
     pub const fn new(number: u8) -> Option<Self> {
@@ -184,6 +191,8 @@ impl Answers {
     pub const NOTIFICATION: Self = Self::NONE.union(Self::CALL_REL).union(Self::NOP);
     /// For a call that never returns to its site. Linux has no native code left to keep there.
     pub const TRANSFER: Self = Self::CALL_REL.union(Self::JUMP_REL);
+    /// For every call of revision 13.3, whatever it may be answered in 3.0: Sanos stops at anything else.
+    pub const SLOT: Self = Self::CALL_REL;
 }
 
 /// Which segment registers a call may rely on. CS and SS are always flat.

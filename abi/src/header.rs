@@ -20,10 +20,15 @@ pub const SLOT_SIZE: usize = 32;
 /// Slots in revision 13.x; the first four lie under the header.
 pub const SLOT_COUNT: usize = 128;
 
+/// Bytes of revision 13.x's slot table, from the ROM's first byte on: what guests of 13.0 copy elsewhere,
+/// change there and run.
+pub const SLOT_TABLE_SIZE: usize = SLOT_SIZE * SLOT_COUNT;
+
 /// Bytes of an entry point in revision 3.0's header.
 pub const ENTRY_SIZE: usize = 8;
 
-/// The header of revision 3.0. Revision 13.x uses the first 32 bytes alike and puts code slots from 80h.
+/// The header of revision 3.0. Revision 13.x uses the first 32 bytes alike, save that `jump_slots` to
+/// `license_offs` are reserved, and puts code slots from 80h.
 #[derive(
     Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
 )]

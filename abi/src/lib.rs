@@ -27,7 +27,7 @@ pub mod probe;
 pub mod relocation;
 pub mod state;
 
-pub use calls::{CALLS_3_0, CALLS_13, CallNumber, number};
+pub use calls::{CALLS_3_0, CALLS_13, CallNumber, number, slot};
 pub use contract::{
     Answers, Argument, Call, Contract, Deferral, Ending, Group, Place, Registers, Segments, Site,
     Slot,

@@ -1,7 +1,7 @@
 //! How a guest recognises a ROM.
 //!
 //! [`probe`] judges one candidate by what Linux 2.6.21 to 2.6.36 looks at: signatures, revision, a
-//! `PCIR` structure, the licence. Linux believes the length byte and whatever the offsets point to;
+//! `PCIR` structure, the licence, for which revision 13.x has no field. Linux believes the length byte and whatever the offsets point to;
 //! here they must hold, so that a reader may follow them. [`scan`] walks the option-ROM area as
 //! Linux does. The firmware verifies the checksum; no guest does, so neither do these.
 
@@ -90,6 +90,9 @@ pub fn probe(bytes: &[u8], wanted: Revision) -> Result<&RomHeader, Refusal> {
         .filter(|_| claimed >= size_of::<RomHeader>())
         .ok_or(Refusal::Length { claimed, present: bytes.len() })?;
     pci_header(image).ok_or(Refusal::NoPciHeader)?;
+    if wanted.has_slots() {
+        return Ok(header);
+    }
     let license = license(image).ok_or(Refusal::NoLicense)?;
     if !ACCEPTED_LICENSES.iter().any(|accepted| accepted.as_bytes() == license) {
         return Err(Refusal::License);
