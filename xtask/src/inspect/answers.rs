@@ -1,12 +1,12 @@
 //! What the ROM's own `vmi_init` and `get_reloc` say, found by executing them.
 
+use super::interface::{Function, Interface};
 use super::machine::{Code, Machine, Stop};
 use super::random::Random;
 use super::rom::Rom;
-use super::trial;
+use super::trial::{self, Placement};
 use iced_x86::Register;
-use std::mem::offset_of;
-use vmi_abi::{CALLS_3_0, CallNumber, RelocationInfo, RelocationType, RomHeader};
+use vmi_abi::{CallNumber, RelocationInfo, RelocationType};
 
 /// Instructions that `vmi_init` may take before it is said not to return.
 pub const INIT_BUDGET: u64 = 1_000_000;
@@ -16,12 +16,6 @@ pub const ASK_BUDGET: u64 = 10_000;
 
 /// Instructions that everything about one ROM may take.
 pub const FUEL: u64 = 12_000_000;
-
-/// Offset of `vmi_init`'s entry.
-pub const VMI_INIT: usize = offset_of!(RomHeader, vmi_init);
-
-/// Offset of `get_reloc`'s entry.
-pub const GET_RELOC: usize = offset_of!(RomHeader, get_reloc);
 
 /// The answer to one question.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,22 +30,28 @@ pub struct Answer {
     pub instructions: u64,
 }
 
-/// The answers to all calls of revision 3.0, at one linear base.
+/// What `vmi_init` and `get_reloc` answered at one linear base, or in 13.x Init and GetRelocationInfo.
 #[derive(Clone, Debug)]
 pub struct Table {
     /// Where the image was.
     pub base: u32,
     /// EAX as `vmi_init` returned it; `None` if it did not return.
     pub init: Option<u32>,
-    /// By number; `None` where `get_reloc` did not return.
+    /// By number; `None` where `get_reloc` did not return, or for no call, or where nobody can be asked.
     pub answers: Vec<Option<Answer>>,
 }
 
 impl Table {
-    /// The answer for a call; `None` if `get_reloc` did not return one, or for no call of 3.0.
+    /// The answer for a call of revision 3.0; `None` if `get_reloc` did not return one.
     #[must_use]
     pub fn answer_of(&self, number: CallNumber) -> Option<Answer> {
-        self.answers.get(usize::try_from(number.0).ok()?).copied().flatten()
+        self.answer_at(number.0)
+    }
+
+    /// The answer for a number of the ROM's own revision.
+    #[must_use]
+    pub fn answer_at(&self, number: u32) -> Option<Answer> {
+        self.answers.get(usize::try_from(number).ok()?).copied().flatten()
     }
 
     /// The most instructions that an answer took.
@@ -62,23 +62,37 @@ impl Table {
 }
 
 /// Initialises the ROM at a linear base and asks it for every call.
+///
+/// Of a ROM of a revision that the inspector does not know, nothing is executed.
 #[must_use]
 pub fn answers(rom: &Rom, base: u32) -> Table {
     let code = Code::new(rom.image(), FUEL);
-    table(&code, base)
+    match rom.interface() {
+        Ok(interface) => table(&code, &interface, base),
+        Err(_) => Table { base, init: None, answers: Vec::new() },
+    }
 }
 
-pub(super) fn table(code: &Code<'_>, base: u32) -> Table {
-    let (machine, stop) = initialise(code, base);
+pub(super) fn table(code: &Code<'_>, interface: &Interface, base: u32) -> Table {
+    let placement = Placement::whole(base);
+    let (machine, stop) = initialise(code, interface, placement);
     let init = (stop == Stop::Left && machine.registers.eip == trial::RETURN_ADDRESS)
         .then(|| machine.registers.get(Register::EAX));
-    let answers = (0..CALLS_3_0.len() as u32).map(|number| ask(code, base, number, 0).1).collect();
+    let mut answers = Vec::new();
+    for (number, _) in interface.calls() {
+        answers.resize(number as usize, None);
+        answers.push(interface.lookup.and_then(|by| ask(code, by, placement, number, 0).1));
+    }
     Table { base, init, answers }
 }
 
 /// Executes `vmi_init`.
-pub(super) fn initialise<'a>(code: &'a Code<'a>, base: u32) -> (Machine<'a>, Stop) {
-    let mut start = trial::plain(code, base, VMI_INIT, 0);
+pub(super) fn initialise<'a>(
+    code: &'a Code<'a>,
+    interface: &Interface,
+    placement: Placement,
+) -> (Machine<'a>, Stop) {
+    let mut start = trial::plain(code, placement, interface.init.offset, 0);
     start.machine.registers.eflags &= !super::machine::flags::INTERRUPT;
     let stop = start.machine.run(INIT_BUDGET);
     (start.machine, stop)
@@ -87,11 +101,12 @@ pub(super) fn initialise<'a>(code: &'a Code<'a>, base: u32) -> (Machine<'a>, Sto
 /// Executes `get_reloc` for a number, from a state that the seed chooses.
 pub(super) fn ask<'a>(
     code: &'a Code<'a>,
-    base: u32,
+    by: Function,
+    placement: Placement,
     number: u32,
     seed: u64,
 ) -> (Asked<'a>, Option<Answer>) {
-    let mut start = trial::plain(code, base, GET_RELOC, seed);
+    let mut start = trial::plain(code, placement, by.offset, seed);
     start.machine.registers.set(Register::EAX, number);
     let stop = start.machine.run(ASK_BUDGET);
     let machine = &start.machine;
@@ -117,15 +132,15 @@ pub(super) struct Asked<'a> {
 }
 
 /// The numbers of a boot's worth of questions: `rounds` times each call in a new order.
-pub(super) fn questions(rounds: usize) -> impl Iterator<Item = u32> {
+pub(super) fn questions(interface: &Interface, rounds: usize) -> impl Iterator<Item = u32> {
     let mut random = Random::new(0x4460);
-    let count = CALLS_3_0.len();
+    let numbers: Vec<u32> = interface.calls().map(|(number, _)| number).collect();
     (0..rounds).flat_map(move |round| {
-        let mut order: Vec<u32> = (0..count as u32).collect();
+        let mut order = numbers.clone();
         if round == 0 {
             order.reverse();
         } else {
-            for place in (1..count).rev() {
+            for place in (1..order.len()).rev() {
                 order.swap(place, random.below(place as u32 + 1) as usize);
             }
         }

@@ -1,11 +1,13 @@
 //! Two ROMs compared by what they mean to a guest, not by their bytes.
 
-use super::answers::{self, VMI_INIT};
+use super::answers;
 use super::flow::{Step, steps};
+use super::interface::Interface;
 use super::machine::Code;
 use super::reach::{Reach, reach};
 use super::rom::{ReadError, Rom};
 use super::survey::{CallFacts, CodeFacts, Header, Pci, Pnp, Survey, survey};
+use super::trial::Placement;
 use crate::table::{Align, BAD, Cell, DIM, GOOD, HEAD, PLAIN, Table};
 use serde::Serialize;
 use std::collections::BTreeSet;
@@ -108,18 +110,25 @@ impl CallDifference {
 /// One of them has a revision that cannot be looked at.
 pub fn difference(a: &Rom, b: &Rom, base: u32) -> Result<Difference, ReadError> {
     let surveys = [survey(a, base)?, survey(b, base)?];
+    let interfaces = [a.interface()?, b.interface()?];
     let codes = [Code::new(a.image(), FUEL), Code::new(b.image(), FUEL)];
     let header = header(&surveys);
     let mut calls = Vec::new();
-    if surveys.iter().all(|survey| survey.header.revision_major == 3) {
-        calls.push(init(&codes, base));
-    }
     let [first, second] = &surveys;
-    for call in &first.calls {
+    // Where Init is a call of both it is compared as one.
+    let init_apart = interfaces.iter().any(|interface| interface.init.number.is_none());
+    if init_apart {
+        calls.push(init(&codes, &interfaces, base));
+    }
+    let is_compared = |call: &&CallFacts| {
+        let is_init = |interface: &Interface| interface.init.name == call.name;
+        !(init_apart && interfaces.iter().any(is_init))
+    };
+    for call in first.calls.iter().filter(is_compared) {
         let other = second.calls.iter().find(|other| other.name == call.name);
         calls.push(compare_call([Some(call), other], &codes));
     }
-    for call in &second.calls {
+    for call in second.calls.iter().filter(is_compared) {
         if !first.calls.iter().any(|other| other.name == call.name) {
             calls.push(compare_call([None, Some(call)], &codes));
         }
@@ -197,13 +206,15 @@ fn header(surveys: &[Survey; 2]) -> Vec<Field> {
     fields.0
 }
 
-fn init(codes: &[Code<'_>; 2], base: u32) -> CallDifference {
-    let reached = codes.each_ref().map(|code| {
-        let (machine, _) = answers::initialise(code, base);
+fn init(codes: &[Code<'_>; 2], interfaces: &[Interface; 2], base: u32) -> CallDifference {
+    let follow = |code: &Code<'_>, interface: &Interface| {
+        let (machine, _) = answers::initialise(code, interface, Placement::whole(base));
         let executed = machine.trace.offsets.iter().copied().collect();
-        reach(code, VMI_INIT, &executed, false)
-    });
-    let (code, listing) = compare_code(&reached, [VMI_INIT; 2], codes);
+        reach(code, interface.init.offset, &executed, false)
+    };
+    let ([a, b], [first, second]) = (codes, interfaces);
+    let reached = [follow(a, first), follow(b, second)];
+    let (code, listing) = compare_code(&reached, [first.init.offset, second.init.offset], codes);
     CallDifference { name: "vmi_init", numbers: [None; 2], code, fields: Vec::new(), listing }
 }
 
@@ -211,7 +222,14 @@ fn compare_call(pair: [Option<&CallFacts>; 2], codes: &[Code<'_>; 2]) -> CallDif
     let mut fields = Fields(Vec::new());
     fields.each("answer", [&pair[0], &pair[1]], |call| match call {
         None => "no such call in this revision".to_owned(),
-        Some(call) => call.answer.clone().unwrap_or_else(|| "no answer".to_owned()),
+        Some(call) => call.answer_text(),
+    });
+    fields.each("code beside the slot", [&pair[0], &pair[1]], |call| {
+        let elsewhere = call.and_then(|call| call.elsewhere.as_ref());
+        elsewhere.map_or("none".to_owned(), |elsewhere| {
+            let lines = elsewhere.code.listing.iter().map(|line| line.text.as_str());
+            lines.collect::<Vec<_>>().join("; ")
+        })
     });
     let part = |place: usize| {
         let call: &CallFacts = pair[place]?;

@@ -4,13 +4,14 @@
 //! Each function panics if a limit does not hold; it returns nothing, because for most inputs there
 //! is nothing to say.
 
+use super::machine::registers::FREE;
 use super::machine::{Code, Machine, Memory, Region, Registers};
 use super::random::Random;
 use super::rules::{Rule, verify_within};
 use super::survey::survey_within;
 use super::{HIGH_BASE, LOW_BASE, Rom, report};
 use iced_x86::Register;
-use vmi_abi::{CALLS_3_0, REVISION_3_0, probe};
+use vmi_abi::{REVISION_3_0, REVISION_13_0, RomHeader, probe};
 
 /// Lines that `verify` may print. A place that breaks a rule is a line, and there are few of them
 /// for each rule and call.
@@ -25,14 +26,20 @@ const FUEL: u64 = 600_000;
 /// Instructions that [`machine`] grants.
 const BUDGET: u64 = 20_000;
 
+/// What a guest of the one or the other revision says of a ROM.
+fn guest(bytes: &[u8]) -> Result<&RomHeader, probe::Refusal> {
+    probe::probe(bytes, REVISION_3_0).or_else(|_| probe::probe(bytes, REVISION_13_0))
+}
+
 /// Header, structures and strings.
 ///
 /// # Panics
 ///
 /// A structure lies outside the bytes, or two readers do not agree.
 pub fn parse(bytes: &[u8]) {
-    let probed = probe::probe(bytes, REVISION_3_0);
+    let probed = guest(bytes);
     let _ = probe::scan(bytes, REVISION_3_0);
+    let _ = probe::scan(bytes, REVISION_13_0);
     let Ok(rom) = Rom::parse(bytes) else {
         assert!(probed.is_err(), "a guest takes what the inspector refuses");
         return;
@@ -41,7 +48,8 @@ pub fn parse(bytes: &[u8]) {
     assert!(image.len() <= bytes.len());
     assert!(rom.used() <= image.len());
     if probed.is_ok() {
-        assert!(rom.require_3_0().is_ok() && rom.pci().is_some() && rom.license().is_some());
+        assert!(rom.interface().is_ok() && rom.pci().is_some());
+        assert_ne!(rom.license().is_some(), rom.revision().has_slots());
         assert_eq!(rom.claimed_length(), image.len());
     }
     assert!(rom.pnp_bytes().is_none_or(|pnp| pnp.len() <= image.len()));
@@ -60,7 +68,7 @@ pub fn inspect(bytes: &[u8]) {
     let Ok(rom) = Rom::parse(bytes) else { return };
     for base in [HIGH_BASE, u32::MAX - 0x3ff] {
         let Ok(facts) = survey_within(&rom, base, FUEL) else { return };
-        assert_eq!(facts.calls.len(), CALLS_3_0.len());
+        assert_eq!(facts.calls.len(), rom.revision().calls().count());
         assert!(!report::survey(&facts).is_empty());
         for call in &facts.calls {
             assert!(report::call(call).contains(call.name));
@@ -81,7 +89,7 @@ pub fn verify(bytes: &[u8]) {
     let text = report::verdict(&verdict);
     let lines = text.lines().count();
     assert!((1..MOST_LINES).contains(&lines), "{lines} lines");
-    let guest = probe::probe(bytes, REVISION_3_0);
+    let guest = guest(bytes);
     assert!(guest.is_ok() || !verdict.is_clean(), "clean, and a guest says {guest:?}");
     assert!(rom.sum() == 0 || verdict.violations.iter().any(|found| found.rule == Rule::Checksum));
     let inside = |offset: usize| offset <= rom.image().len().max(rom.file().len());
@@ -106,15 +114,7 @@ pub fn machine(bytes: &[u8]) {
         .chunks_exact(4)
         .map(|word| word.iter().rev().fold(0, |value, byte| (value << 8) | u32::from(*byte)));
     let mut registers = Registers::default();
-    for register in [
-        Register::EAX,
-        Register::ECX,
-        Register::EDX,
-        Register::EBX,
-        Register::EBP,
-        Register::ESI,
-        Register::EDI,
-    ] {
+    for register in FREE {
         registers.set(register, words.next().unwrap_or_default());
     }
     registers.eflags = words.next().unwrap_or_default();

@@ -1,11 +1,12 @@
 //! Where every byte of an image goes, and what lies in the option-ROM area: as text and as a picture.
 
-use super::answers::{ASK_BUDGET, GET_RELOC, INIT_BUDGET, VMI_INIT};
+use super::answers::{ASK_BUDGET, INIT_BUDGET};
+use super::interface::Function;
 use super::machine::{Code, Stop};
 use super::reach::reach;
 use super::rom::Rom;
 use super::survey::Survey;
-use super::trial;
+use super::trial::{self, Placement};
 use crate::table::{Align, Cell, DIM, HEAD, PLAIN, Table};
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Mnemonic, OpKind, Register};
 use std::collections::BTreeSet;
@@ -168,8 +169,8 @@ pub fn map(rom: &Rom, survey: &Survey) -> Vec<Span> {
     let image = rom.image();
     let code = Code::new(image, FUEL);
     let mut paint = Paint { owners: vec![None; image.len()], labels: Vec::new() };
-    paint_code(&mut paint, &code, survey);
-    paint_structures(&mut paint, rom, survey);
+    paint_code(&mut paint, &code, rom, survey);
+    paint_structures(&mut paint, rom);
     paint_rest(&mut paint, image);
     let mut spans: Vec<Span> = Vec::new();
     for (place, owner) in paint.owners.iter().enumerate() {
@@ -183,17 +184,18 @@ pub fn map(rom: &Rom, survey: &Survey) -> Vec<Span> {
     spans
 }
 
-fn paint_code(paint: &mut Paint, code: &Code<'_>, survey: &Survey) {
+fn paint_code(paint: &mut Paint, code: &Code<'_>, rom: &Rom, survey: &Survey) {
     let mut read = BTreeSet::new();
     let mut functions = Vec::new();
-    if survey.header.revision_major == 3 {
-        functions.push((VMI_INIT, Kind::Init, "vmi_init", 0..1, INIT_BUDGET));
-        functions.push((GET_RELOC, Kind::Lookup, "get_reloc", 0..74, ASK_BUDGET));
+    if let Ok(interface) = rom.interface() {
+        let numbers = interface.calls().map(|(number, _)| number).collect();
+        functions.push((interface.init, Kind::Init, vec![0], INIT_BUDGET));
+        functions.extend(interface.lookup.map(|by| (by, Kind::Lookup, numbers, ASK_BUDGET)));
     }
-    for (entry, kind, name, numbers, budget) in functions {
+    for (Function { name, offset: entry, .. }, kind, numbers, budget) in functions {
         let mut executed = BTreeSet::new();
         for number in numbers {
-            let mut start = trial::plain(code, survey.base, entry, 0);
+            let mut start = trial::plain(code, Placement::whole(survey.base), entry, 0);
             start.machine.registers.set(Register::EAX, number);
             watch(code, &mut start.machine, budget, &mut read);
             executed.extend(start.machine.trace.offsets.iter().copied());
@@ -203,9 +205,9 @@ fn paint_code(paint: &mut Paint, code: &Code<'_>, survey: &Survey) {
         }
     }
     for call in &survey.calls {
-        let Some(facts) = &call.code else { continue };
         let label = format!("{} {}", call.number, call.name);
-        for line in &facts.listing {
+        let elsewhere = call.elsewhere.iter().map(|elsewhere| &elsewhere.code);
+        for line in call.code.iter().chain(elsewhere).flat_map(|code| &code.listing) {
             // Two digits and a blank for each byte but the last.
             let length = line.bytes.len().div_ceil(3);
             paint.give(line.offset..line.offset + length, Kind::Call, &label);
@@ -282,7 +284,7 @@ fn paint_post(paint: &mut Paint, image: &[u8]) {
     }
 }
 
-fn paint_structures(paint: &mut Paint, rom: &Rom, survey: &Survey) {
+fn paint_structures(paint: &mut Paint, rom: &Rom) {
     let string = |paint: &mut Paint, offset: u16, name: &str| {
         if let Some(text) = rom.string(offset).filter(|_| offset != 0) {
             let start = usize::from(offset);
@@ -300,9 +302,14 @@ fn paint_structures(paint: &mut Paint, rom: &Rom, survey: &Survey) {
         string(paint, pnp.manufacturer.get(), "manufacturer");
         string(paint, pnp.product.get(), "product");
     }
-    string(paint, rom.header().license_offs.get(), "licence");
     // In 13.x the slots begin where 3.0 has its two entries.
-    let end = if survey.header.revision_major == 3 { size_of::<RomHeader>() } else { VMI_INIT };
+    let end = match rom.interface() {
+        Ok(interface) if interface.revision.has_slots() => interface.init.offset,
+        _ => {
+            string(paint, rom.header().license_offs.get(), "licence");
+            size_of::<RomHeader>()
+        }
+    };
     paint.give(0..end, Kind::Header, "header");
 }
 

@@ -7,6 +7,7 @@
 //! - [`rom`]: the bytes and the structures in them,
 //! - [`hostile`]: what must hold for any input,
 //! - [`machine`]: a flat 32-bit ring-0 processor that watches what the code does,
+//! - [`interface`]: what differs between revisions,
 //! - [`answers`]: what `get_reloc` says of each call,
 //! - [`reach`]: the instructions that can be reached from an entry, executed or not,
 //! - [`trial`]: a call executed as a guest would call it, from a random state,
@@ -21,6 +22,7 @@ pub mod difference;
 pub mod flow;
 pub mod format;
 pub mod hostile;
+pub mod interface;
 pub mod machine;
 pub mod map;
 pub mod random;
@@ -30,6 +32,10 @@ pub mod rom;
 pub mod rules;
 #[cfg(test)]
 mod samples;
+#[cfg(test)]
+mod slot_samples;
+#[cfg(test)]
+mod slot_tests;
 pub mod source;
 pub mod survey;
 #[cfg(test)]
@@ -37,6 +43,7 @@ mod tests;
 pub mod trial;
 
 pub use answers::{Answer, Table, answers};
+pub use interface::Interface;
 pub use rom::{ReadError, Rom};
 pub use rules::{Note, Report, Rule, Violation, verify};
 pub use survey::{Survey, survey};
@@ -46,3 +53,6 @@ pub const HIGH_BASE: u32 = 0xc00c_8000;
 
 /// Another place, as far from [`HIGH_BASE`] in every byte as the 2 KiB boundary permits.
 pub const LOW_BASE: u32 = 0x000d_1800;
+
+/// Where a guest of 13.0 may have copied the slots to: a page of its own.
+pub const COPY_BASE: u32 = 0xc043_2000;

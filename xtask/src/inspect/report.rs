@@ -1,12 +1,12 @@
 //! Surveys and verdicts as text for a reader. Print it through `anstream`.
 
-use super::answers::Answer;
-use super::rules::{Report, kind_name};
-use super::survey::{CallFacts, Header, Pci, Pnp, Survey};
+use super::interface::Interface;
+use super::rules::{NotApplicable, Report, kind_name};
+use super::survey::{CallFacts, CodeFacts, Header, Pci, Pnp, Survey};
 use crate::table::{Align, BAD, Cell, DIM, GOOD, HEAD, PLAIN, Table};
 use anstyle::Style;
 use std::fmt::Write;
-use vmi_abi::{CALLS_3_0, RelocationType};
+use vmi_abi::{RelocationType, Revision};
 
 /// What `inspect` prints of the whole ROM.
 #[must_use]
@@ -15,16 +15,24 @@ pub fn survey(survey: &Survey) -> String {
     text.push('\n');
     text.push_str(&calls(survey).render());
     let answered = survey.calls.iter().filter(|call| call.offset.is_some()).count();
-    let _ = write!(
-        text,
-        "\n{answered} of {} calls have code; get_reloc takes at most {} instructions for an answer.\n",
-        survey.calls.len(),
-        survey.get_reloc_instructions
-    );
+    let _ = write!(text, "\n{answered} of {} calls have code", survey.calls.len());
+    if let Some(lookup) = interface(survey).and_then(|interface| interface.lookup) {
+        let _ = write!(
+            text,
+            "; {} takes at most {} instructions for an answer",
+            lookup.name, survey.get_reloc_instructions
+        );
+    }
+    text.push_str(".\n");
     if survey.calls.iter().filter_map(|call| call.code.as_ref()).any(|code| code.cut_short) {
         text.push_str("+ more: the execution was ended after a time.\n");
     }
     text
+}
+
+fn interface(survey: &Survey) -> Option<Interface> {
+    let Header { revision_major: major, revision_minor: minor, .. } = survey.header;
+    Interface::of(Revision { major, minor })
 }
 
 fn head(survey: &Survey) -> Table {
@@ -47,15 +55,17 @@ fn head(survey: &Survey) -> Table {
         0 => line("checksum", "right".to_owned(), GOOD),
         sum => line("checksum", format!("wrong: the bytes add up to {sum:02X}h"), BAD),
     }
-    match &header.license {
-        Some(license) => line("licence", license.clone(), PLAIN),
-        None => line("licence", "none".to_owned(), BAD),
+    if !interface(survey).is_some_and(|interface| interface.revision.has_slots()) {
+        match &header.license {
+            Some(license) => line("licence", license.clone(), PLAIN),
+            None => line("licence", "none".to_owned(), BAD),
+        }
+        let top = match virtual_top {
+            0 => "0: no hole at the top of linear space".to_owned(),
+            top => format!("{top:08X}h: {} bytes reserved", header.reserved_top_bytes),
+        };
+        line("virtual_top", top, PLAIN);
     }
-    let top = match virtual_top {
-        0 => "0: no hole at the top of linear space".to_owned(),
-        top => format!("{top:08X}h: {} bytes reserved", header.reserved_top_bytes),
-    };
-    line("virtual_top", top, PLAIN);
     line("PCIR", survey.pci.as_ref().map_or("none".to_owned(), pci), PLAIN);
     match &survey.pnp {
         Some(found) => {
@@ -66,12 +76,11 @@ fn head(survey: &Survey) -> Table {
         None => line("$PnP", "none".to_owned(), PLAIN),
     }
     let base = survey.base;
+    let init = interface(survey).map_or("vmi_init", |interface| interface.init.name);
     match survey.vmi_init_result {
-        Some(0) => {
-            line("vmi_init", format!("EAX = 0, success (image at linear {base:08X}h)"), GOOD)
-        }
-        Some(result) => line("vmi_init", format!("EAX = {result:08X}h, failure"), BAD),
-        None => line("vmi_init", "did not return".to_owned(), BAD),
+        Some(0) => line(init, format!("EAX = 0, success (image at linear {base:08X}h)"), GOOD),
+        Some(result) => line(init, format!("EAX = {result:08X}h, failure"), BAD),
+        None => line(init, "did not return".to_owned(), BAD),
     }
     table
 }
@@ -121,7 +130,7 @@ fn calls(survey: &Survey) -> Table {
         let mut cells = vec![
             Cell::new(call.number.to_string(), style),
             Cell::new(call.name, style),
-            Cell::new(call.answer.clone().unwrap_or_else(|| "no answer".to_owned()), style),
+            Cell::new(call.answer_text(), style),
         ];
         if let (Some(offset), Some(code)) = (call.offset, &call.code) {
             let more = if code.cut_short { "+" } else { "" };
@@ -146,8 +155,26 @@ pub fn call(call: &CallFacts) -> String {
     let mut text =
         format!("{}{} {}{}\n", HEAD.render(), call.number, call.name, HEAD.render_reset());
     let _ = writeln!(text, "{}", call.summary);
-    let _ = writeln!(text, "answer: {}", call.answer.as_deref().unwrap_or("none returned"));
-    let Some(code) = &call.code else { return text };
+    match (&call.answer, call.slot) {
+        (None, Some(slot)) => {
+            let _ = writeln!(text, "slot: {slot:X}h");
+        }
+        (answer, _) => {
+            let _ = writeln!(text, "answer: {}", answer.as_deref().unwrap_or("none returned"));
+        }
+    }
+    if let Some(code) = &call.code {
+        listing(&mut text, code);
+    }
+    if let Some(elsewhere) = &call.elsewhere {
+        let _ =
+            writeln!(text, "\nthe answer points to {:X}h instead of the slot", elsewhere.offset);
+        listing(&mut text, &elsewhere.code);
+    }
+    text
+}
+
+fn listing(text: &mut String, code: &CodeFacts) {
     let _ = writeln!(
         text,
         "{} bytes, {} instructions, at most {}{} executed, {} bytes of stack\n",
@@ -168,7 +195,6 @@ pub fn call(call: &CallFacts) -> String {
         ]);
     }
     text.push_str(&table.render());
-    text
 }
 
 /// What `verify` prints.
@@ -206,8 +232,18 @@ pub fn verdict(report: &Report) -> String {
             note.detail
         );
     }
+    let slots = report.interface.filter(|interface| interface.revision.has_slots());
+    if slots.is_some() {
+        text.push_str(&not_applicable(&report.not_applicable));
+    }
     let executed = report.executed.iter().flatten().count();
-    let asked = report.table.as_ref().map_or(0, |table| table.answers.iter().flatten().count());
+    let asked = match slots {
+        Some(interface) => format!("{} slots", interface.calls().count()),
+        None => {
+            let answers = report.table.iter().flat_map(|table| &table.answers);
+            format!("{} calls answered", answers.flatten().count())
+        }
+    };
     let (style, verdict) = match report.violations.len() {
         0 => (GOOD, "clean".to_owned()),
         1 => (BAD, "1 violation".to_owned()),
@@ -215,7 +251,7 @@ pub fn verdict(report: &Report) -> String {
     };
     let _ = writeln!(
         text,
-        "{}{verdict}{}: {asked} calls answered, {executed} of them with code that was executed",
+        "{}{verdict}{}: {asked}, {executed} of them with code that was executed",
         style.render(),
         style.render_reset()
     );
@@ -226,21 +262,42 @@ pub fn verdict(report: &Report) -> String {
 fn answered(report: &Report) -> Table {
     let mut table =
         Table::new(&[Align::Right, Align::Left, Align::Left, Align::Right, Align::Right]);
-    let Some(found) = &report.table else { return table };
-    let mut rows = CALLS_3_0.iter().zip(&report.executed).filter_map(|(call, executed)| {
-        let answer: Answer = found.answer_of(call.number?)?;
-        Some((call, answer, (*executed)?))
+    let (Some(found), Some(interface)) = (&report.table, &report.interface) else { return table };
+    let mut rows = interface.calls().filter_map(|(number, call)| {
+        let executed = report.executed.get(number as usize).copied().flatten()?;
+        let entries = interface.entries(found, number, call);
+        let places: Vec<String> =
+            entries.iter().map(|entry| format!("{:X}h", entry.offset)).collect();
+        let answer = found.answer_at(number).map_or("slot".to_owned(), |a| kind_name(a.kind));
+        Some([
+            number.to_string().into(),
+            call.name.into(),
+            answer.into(),
+            places.join(" ").into(),
+            executed.to_string().into(),
+        ])
     });
     let Some(first) = rows.next() else { return table };
     table.heading(&["nr", "call", "answer", "offset", "instructions"]);
-    for (call, answer, executed) in std::iter::once(first).chain(rows) {
-        table.row([
-            call.number.map_or(String::new(), |number| number.0.to_string()).into(),
-            call.name.into(),
-            kind_name(answer.kind).into(),
-            answer.offset.map_or(String::new(), |offset| format!("{offset:X}h")).into(),
-            executed.to_string().into(),
-        ]);
+    for row in std::iter::once(first).chain(rows) {
+        table.row(row);
     }
     table
+}
+
+/// Rules that a ROM of 13.x was not held against, a line for each reason.
+fn not_applicable(rules: &[NotApplicable]) -> String {
+    let mut lines: Vec<(&str, Vec<&str>)> = Vec::new();
+    for NotApplicable { rule, reason } in rules {
+        match lines.iter_mut().find(|(known, _)| known == reason) {
+            Some((_, names)) => names.push(rule.name()),
+            None => lines.push((*reason, vec![rule.name()])),
+        }
+    }
+    let mut text = String::new();
+    for (reason, names) in lines {
+        let (on, off) = (DIM.render(), DIM.render_reset());
+        let _ = writeln!(text, "{on}not applicable{off}: {}: {reason}", names.join(", "));
+    }
+    text
 }

@@ -1,11 +1,12 @@
 //! The ROM's bytes and the structures in them. Every access is checked: the bytes may be anything.
 
+use super::interface::Interface;
 use std::fmt;
 use vmi_abi::header::{
     LENGTH_UNIT, PNP_SIGNATURE, PciHeader, PnpHeader, ROM_SIGNATURE, RomHeader, VMI_SIGNATURE,
     checksum,
 };
-use vmi_abi::{REVISION_3_0, Revision, probe};
+use vmi_abi::{Revision, probe};
 use zerocopy::FromBytes;
 
 /// Why bytes cannot be looked at as a ROM at all. Whatever is wrong beyond that is a violation.
@@ -36,7 +37,7 @@ impl fmt::Display for ReadError {
                 write!(f, "not a VMI ROM: neither `55 AA` at offset 0 nor `cVmi` at offset 8")
             }
             Self::Revision(Revision { major, minor }) => {
-                write!(f, "interface revision {major}.{minor}: only revision 3.0 can be looked at")
+                write!(f, "interface revision {major}.{minor}: only 3.0 and 13.x can be looked at")
             }
         }
     }
@@ -80,14 +81,13 @@ impl Rom {
         Revision { major: self.header.api_version_maj, minor: self.header.api_version_min }
     }
 
-    /// Whether a guest of revision 3.0 takes the ROM's calls for its own.
+    /// The interface of that revision.
     ///
     /// # Errors
     ///
-    /// The header claims another revision.
-    pub fn require_3_0(&self) -> Result<(), ReadError> {
-        let found = self.revision();
-        if found.major == REVISION_3_0.major { Ok(()) } else { Err(ReadError::Revision(found)) }
+    /// The inspector does not know the revision.
+    pub fn interface(&self) -> Result<Interface, ReadError> {
+        Interface::of(self.revision()).ok_or(ReadError::Revision(self.revision()))
     }
 
     /// All bytes of the file.
@@ -136,10 +136,10 @@ impl Rom {
         self.image().get(usize::from(self.header.pnp_header_offs.get())..)?.get(..length)
     }
 
-    /// The licence string.
+    /// The licence string; revision 13.x has no field for one.
     #[must_use]
     pub fn license(&self) -> Option<&[u8]> {
-        probe::license(self.image())
+        probe::license(self.image()).filter(|_| !self.revision().has_slots())
     }
 
     /// A NUL-ended string of the image.

@@ -1,11 +1,15 @@
 //! Small images assembled by hand, right ones and ones with a single fault, in styles that are not
 //! those of our own image.
 
-use super::answers::{GET_RELOC, VMI_INIT};
 use iced_x86::code_asm::*;
 use std::collections::BTreeMap;
+use std::mem::offset_of;
+use vmi_abi::RomHeader;
 use vmi_abi::header::{LENGTH_UNIT, checksum};
 use vmi_abi::{CALLS_3_0, CallNumber, RelocationType, number};
+
+const VMI_INIT: usize = offset_of!(RomHeader, vmi_init);
+const GET_RELOC: usize = offset_of!(RomHeader, get_reloc);
 
 /// Where things lie in a sample.
 const PCI: usize = 0x90;

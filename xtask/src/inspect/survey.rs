@@ -1,15 +1,16 @@
 //! The facts about a ROM, gathered for a reader: what `inspect` prints.
 
 use super::answers::{Table, table};
+use super::interface::{Entry, Interface};
 use super::machine::{Code, Stop, is_system, registers::GENERAL, written};
 use super::reach::{Executed, Reach, reach};
 use super::rom::{ReadError, Rom};
 use super::rules::structure_text;
-use super::trial;
+use super::trial::{self, Placement};
 use iced_x86::Mnemonic;
 use serde::Serialize;
 use std::collections::BTreeSet;
-use vmi_abi::{CALLS_3_0, Call, Ending};
+use vmi_abi::{Call, Ending};
 
 /// The version of the JSON form; it rises when a field changes its meaning or goes.
 pub const SCHEMA_VERSION: u32 = 1;
@@ -36,9 +37,9 @@ pub struct Survey {
     pub pnp: Option<Pnp>,
     /// Linear address at which the ROM was executed.
     pub base: u32,
-    /// EAX as `vmi_init` returned it; `None` if it did not return.
+    /// EAX as `vmi_init`, or Init of 13.x, returned it; `None` if it did not return.
     pub vmi_init_result: Option<u32>,
-    /// Most instructions of a `get_reloc`.
+    /// Most instructions of a `get_reloc`, or of a GetRelocationInfo.
     pub get_reloc_instructions: u64,
     /// The calls by number.
     pub calls: Vec<CallFacts>,
@@ -108,20 +109,42 @@ pub struct Pnp {
 /// A call.
 #[derive(Clone, Debug, Serialize)]
 pub struct CallFacts {
-    /// Its number.
+    /// Its number in the ROM's revision.
     pub number: u32,
     /// Its name.
     pub name: &'static str,
     /// What it does.
     pub summary: &'static str,
-    /// What `get_reloc` answered; `None` if nothing.
+    /// What `get_reloc` or GetRelocationInfo answered; `None` if nothing.
     pub answer: Option<String>,
     /// The type's number.
     pub answer_type: Option<u8>,
-    /// Where its code is.
+    /// Where its slot is in revision 13.x.
+    pub slot: Option<usize>,
+    /// Where its code is: in 13.x the slot.
     pub offset: Option<usize>,
     /// What its code does.
     pub code: Option<CodeFacts>,
+    /// What lies where GetRelocationInfo points to, if that is not the slot.
+    pub elsewhere: Option<Elsewhere>,
+}
+
+impl CallFacts {
+    /// What the guest was answered, or else how it gets to the call.
+    #[must_use]
+    pub fn answer_text(&self) -> String {
+        let other = if self.slot.is_some() { "slot" } else { "no answer" };
+        self.answer.clone().unwrap_or_else(|| other.to_owned())
+    }
+}
+
+/// A call's code beside the slot.
+#[derive(Clone, Debug, Serialize)]
+pub struct Elsewhere {
+    /// Where it is.
+    pub offset: usize,
+    /// What it does.
+    pub code: CodeFacts,
 }
 
 /// A call's code.
@@ -171,7 +194,7 @@ pub struct OneCall<'a> {
 ///
 /// # Errors
 ///
-/// The ROM is not one of revision 3.0.
+/// The ROM is of a revision that the inspector does not know.
 pub fn survey(rom: &Rom, base: u32) -> Result<Survey, ReadError> {
     survey_within(rom, base, FUEL)
 }
@@ -180,12 +203,15 @@ pub fn survey(rom: &Rom, base: u32) -> Result<Survey, ReadError> {
 ///
 /// # Errors
 ///
-/// The ROM is not one of revision 3.0.
+/// The ROM is of a revision that the inspector does not know.
 pub fn survey_within(rom: &Rom, base: u32, fuel: u64) -> Result<Survey, ReadError> {
-    rom.require_3_0()?;
+    let interface = rom.interface()?;
     let code = Code::new(rom.image(), fuel);
-    let table = table(&code, base);
-    let calls = CALLS_3_0.iter().map(|call| call_facts(&code, &table, call)).collect();
+    let table = table(&code, &interface, base);
+    let calls = interface
+        .calls()
+        .map(|(number, call)| call_facts(&code, &interface, &table, number, call))
+        .collect();
     Ok(Survey {
         version: SCHEMA_VERSION,
         header: header(rom),
@@ -241,35 +267,39 @@ fn pnp(rom: &Rom) -> Option<Pnp> {
     })
 }
 
-fn call_facts(code: &Code<'_>, table: &Table, call: &Call) -> CallFacts {
-    let answer = call.number.and_then(|number| table.answer_of(number));
-    let kind = answer.map(|answer| answer.kind);
-    let offset = answer.and_then(|answer| answer.offset);
+fn call_facts(
+    code: &Code<'_>,
+    interface: &Interface,
+    table: &Table,
+    number: u32,
+    call: &'static Call,
+) -> CallFacts {
+    let kind = table.answer_at(number).map(|answer| answer.kind);
+    let entries = interface.entries(table, number, call);
+    let mut entries = entries.into_iter().filter(|entry| entry.offset < code.image().len());
+    let first = entries.next();
     CallFacts {
-        number: call.number.map_or(0, |number| number.0),
+        number,
         name: call.name,
         summary: call.summary,
         answer: kind.map(super::rules::kind_name),
         answer_type: kind.map(|kind| kind.0),
-        offset,
-        code: offset.map(|offset| {
-            let kind = kind.unwrap_or(vmi_abi::RelocationType::CALL_REL);
-            code_facts(code, table.base, call, kind, offset)
+        slot: first.filter(|entry| entry.is_slot).map(|entry| entry.offset),
+        offset: first.map(|entry| entry.offset),
+        code: first.map(|entry| code_facts(code, table.base, call, entry)),
+        elsewhere: entries.next().map(|entry| Elsewhere {
+            offset: entry.offset,
+            code: code_facts(code, table.base, call, entry),
         }),
     }
 }
 
-fn code_facts(
-    code: &Code<'_>,
-    base: u32,
-    call: &Call,
-    kind: vmi_abi::RelocationType,
-    offset: usize,
-) -> CodeFacts {
+fn code_facts(code: &Code<'_>, base: u32, call: &Call, entry: Entry) -> CodeFacts {
+    let Entry { offset, kind, .. } = entry;
     let mut executed = Executed::new(code);
     let (mut most, mut depth, mut cut_short) = (0, 0, false);
     for seed in 0..LOOKS {
-        let mut trial = trial::call(code, base, offset, call, kind, seed);
+        let mut trial = trial::call(code, Placement::whole(base), offset, call, kind, seed);
         let stop = trial.machine.run(LOOK_BUDGET);
         executed.add(&trial.machine.trace);
         most = most.max(trial.machine.trace.instructions);

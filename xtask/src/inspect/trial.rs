@@ -1,9 +1,15 @@
 //! One execution of ROM code as a guest would start it, from an arbitrary state.
 
+use super::COPY_BASE;
+use super::machine::registers::FREE;
 use super::machine::{Code, Machine, Memory, Region, Registers, Stop, flags};
 use super::random::Random;
 use iced_x86::Register;
-use vmi_abi::{Answers, Call, Ending, Group, Place, RelocationType, STACK_LIMIT, Segments, number};
+use vmi_abi::flags::DeferredFlags;
+use vmi_abi::header::{SLOT_COUNT, SLOT_TABLE_SIZE};
+use vmi_abi::{
+    Answers, Call, Ending, Group, Place, RelocationType, STACK_LIMIT, Segments, number, slot,
+};
 
 /// Selector of the kernel's code segment, as Linux has it.
 pub const KERNEL_CS: u16 = 0x60;
@@ -59,14 +65,40 @@ pub struct Trial<'a> {
     pub frame_at: u32,
 }
 
+/// What of the image lies in memory, and where.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Placement {
+    /// Linear address of the first byte.
+    pub base: u32,
+    /// Bytes, if the image has as many.
+    pub length: usize,
+}
+
+impl Placement {
+    /// What guests of 13.0 make: a copy of the slots alone.
+    pub const COPY: Self = Self { base: COPY_BASE, length: SLOT_TABLE_SIZE };
+
+    /// The whole image.
+    #[must_use]
+    pub const fn whole(base: u32) -> Self {
+        Self { base, length: usize::MAX }
+    }
+
+    fn memory<'a>(self, code: &Code<'a>, regions: Vec<Region>) -> Memory<'a> {
+        let image = code.image();
+        Memory::new(image.get(..self.length).unwrap_or(image), self.base, regions)
+    }
+}
+
 /// A machine that is about to call the code at `offset`: `vmi_init` and `get_reloc` start so.
 #[must_use]
-pub fn plain<'a>(code: &'a Code<'a>, base: u32, offset: usize, seed: u64) -> Trial<'a> {
+pub fn plain<'a>(code: &'a Code<'a>, placement: Placement, offset: usize, seed: u64) -> Trial<'a> {
+    let base = placement.base;
     let mut random = Random::new(seed);
     let registers = arbitrary(&mut random, base.wrapping_add(offset as u32));
     let mut stack = stack(&mut random);
     poke(&mut stack, STACK_ENTRY, RETURN_ADDRESS);
-    let memory = Memory::new(code.image(), base, vec![stack]);
+    let memory = placement.memory(code, vec![stack]);
     let mut machine = Machine::new(code, memory, registers.clone(), random);
     machine.flat = vec![KERNEL_CS, KERNEL_DS, USER_DS, USER_CS];
     machine.stack_top = STACK_ENTRY + 4;
@@ -84,12 +116,13 @@ pub fn plain<'a>(code: &'a Code<'a>, base: u32, offset: usize, seed: u64) -> Tri
 #[must_use]
 pub fn call<'a>(
     code: &'a Code<'a>,
-    base: u32,
+    placement: Placement,
     offset: usize,
     call: &Call,
     kind: RelocationType,
     seed: u64,
 ) -> Trial<'a> {
+    let base = placement.base;
     let contract = &call.contract;
     let mut random = Random::new(seed ^ (u64::from(call.number.map_or(0, |n| n.0)) << 32));
     let mut registers = arbitrary(&mut random, base.wrapping_add(offset as u32));
@@ -164,7 +197,7 @@ pub fn call<'a>(
     let mut regions = vec![stack];
     regions.extend(pages.iter().map(|(_, page)| page.clone()));
     regions.extend(system_tables(call));
-    let mut memory = Memory::new(code.image(), base, regions);
+    let mut memory = placement.memory(code, regions);
     memory.lenient = contract.group == Some(Group::Apic) || contract.ending == Ending::Stops;
     let mut machine = Machine::new(code, memory, registers.clone(), random);
     machine.flat = vec![KERNEL_CS, KERNEL_DS, USER_DS, USER_CS];
@@ -208,15 +241,7 @@ impl Trial<'_> {
 fn arbitrary(random: &mut Random, eip: u32) -> Registers {
     let mut registers = Registers::default();
     registers.eip = eip;
-    for register in [
-        Register::EAX,
-        Register::ECX,
-        Register::EDX,
-        Register::EBX,
-        Register::EBP,
-        Register::ESI,
-        Register::EDI,
-    ] {
+    for register in FREE {
         registers.set(register, random.word());
     }
     registers.set(Register::ESP, STACK_ENTRY);
@@ -289,6 +314,11 @@ fn number_for(call: &Call, name: &str, registers: &Registers, random: &mut Rando
         "register" if random.below(8) == 0 => 8 + random.below(100),
         "register" => random.below(8),
         "kind" => random.below(2),
+        "bit" => random.below(entry_bits(call)),
+        "call" => random.below(SLOT_COUNT as u32),
+        "flags" if call.contract.slot == Some(slot::FlushDeferredCalls) => {
+            random.word() & DeferredFlags::all().bits()
+        }
         "counter" if number == number::GetCycleCounter => random.below(5),
         "counter" => random.below(2),
         "mode" => random.below(3),
@@ -311,6 +341,15 @@ fn number_for(call: &Call, name: &str, registers: &Registers, random: &mut Rando
         _ => random.word(),
     };
     u64::from(value)
+}
+
+/// Bits of the page-table entry that a call is about.
+#[must_use]
+pub fn entry_bits(call: &Call) -> u32 {
+    match call.contract.slot {
+        Some(slot::TestAndSetPxELongBit | slot::TestAndClearPxELongBit) => 64,
+        _ => 32,
+    }
 }
 
 /// What IRET pops: of an interrupted kernel, of a program, of a virtual-8086 program.

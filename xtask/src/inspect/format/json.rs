@@ -1,7 +1,7 @@
 //! Verdicts as JSON of our own.
 
 use super::Judged;
-use crate::inspect::rules::{Note, Rule, Violation};
+use crate::inspect::rules::{NotApplicable, Note, Rule, Violation};
 use serde::Serialize;
 
 /// The version of the form; it rises when a field changes its meaning or goes.
@@ -21,6 +21,7 @@ struct RomVerdict<'a> {
     clean: bool,
     violations: Vec<Broken<'a>>,
     notes: &'a [Note],
+    not_applicable: &'a [NotApplicable],
 }
 
 #[derive(Serialize)]
@@ -52,6 +53,7 @@ pub fn json(verdicts: &[Judged<'_>]) -> serde_json::Result<String> {
             clean: judged.report.is_clean(),
             violations: judged.report.violations.iter().map(broken).collect(),
             notes: &judged.report.notes,
+            not_applicable: &judged.report.not_applicable,
         })
         .collect();
     let clean = roms.iter().all(|rom| rom.clean);

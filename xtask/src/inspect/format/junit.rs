@@ -29,7 +29,14 @@ fn suite(judged: &Judged<'_>) -> TestSuite {
     for rule in Rule::ALL {
         let broken: Vec<_> =
             violations.iter().filter(|v| v.call.is_none() && v.rule == *rule).collect();
-        suite.add_test_case(case(rule.name().to_owned(), "image", &broken));
+        let mut case = case(rule.name().to_owned(), "image", &broken);
+        let skipped = judged.report.not_applicable.iter().find(|skipped| skipped.rule == *rule);
+        if let Some(skipped) = skipped.filter(|_| broken.is_empty()) {
+            let mut status = TestCaseStatus::skipped();
+            status.set_message(format!("not applicable: {}", skipped.reason));
+            case.status = status;
+        }
+        suite.add_test_case(case);
     }
     // Calls with code were executed; a call without any can still be answered wrongly.
     let executed = (0..).zip(&judged.report.executed).filter(|(_, run)| run.is_some());

@@ -1,7 +1,7 @@
 //! Verdicts as SARIF 2.1.0, in the way that GitHub's code scanning reads it.
 
 use super::{Judged, is_undecided, place, sentence};
-use crate::inspect::rules::{Note, Rule, Violation};
+use crate::inspect::rules::{NotApplicable, Note, Rule, Violation};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use std::fmt::Write;
@@ -21,7 +21,11 @@ pub fn sarif(verdicts: &[Judged<'_>]) -> serde_json::Result<String> {
         .collect();
     let notes: Vec<Value> = verdicts
         .iter()
-        .flat_map(|judged| judged.report.notes.iter().map(|note| notification(judged, note)))
+        .flat_map(|judged| {
+            let notes = judged.report.notes.iter().map(|note| notification(judged, note));
+            let skipped = judged.report.not_applicable.iter();
+            notes.chain(skipped.map(|skipped| not_applicable(judged, skipped)))
+        })
         .collect();
     let document = json!({
         "$schema": SCHEMA,
@@ -109,11 +113,24 @@ fn fingerprint(found: &Violation) -> String {
 }
 
 fn notification(judged: &Judged<'_>, note: &Note) -> Value {
+    told(judged, &format!("{}: {}", note.subject, note.detail))
+}
+
+fn told(judged: &Judged<'_>, text: &str) -> Value {
     json!({
         "level": "note",
-        "message": { "text": format!("{}: {}", note.subject, note.detail) },
+        "message": { "text": text },
         "locations": [{ "physicalLocation": { "artifactLocation": { "uri": uri(judged.source) } } }],
     })
+}
+
+/// GitHub takes every result for an alert, so that a rule without a say is told of beside them.
+fn not_applicable(judged: &Judged<'_>, skipped: &NotApplicable) -> Value {
+    let NotApplicable { rule, reason } = skipped;
+    let mut value = told(judged, &format!("{rule}: not applicable: {reason}"));
+    let index = Rule::ALL.iter().position(|known| known == rule).unwrap_or_default();
+    value["associatedRule"] = json!({ "id": rule.name(), "index": index });
+    value
 }
 
 /// A path as a URI reference: relative ones stay relative to the repository.

@@ -84,6 +84,12 @@ impl<'a> Memory<'a> {
         self.image_base
     }
 
+    /// Bytes of the image that are there.
+    #[must_use]
+    pub fn image_length(&self) -> usize {
+        self.image.len()
+    }
+
     /// The offset in the image that an address stands for.
     #[must_use]
     pub fn offset_of(&self, address: u32) -> Option<usize> {

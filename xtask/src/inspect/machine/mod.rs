@@ -407,6 +407,15 @@ impl<'a> Machine<'a> {
         }
     }
 
+    /// The offset that execution left for, or stands at without all of the instruction, where only a
+    /// part of the image lies in memory and the whole would go on.
+    #[must_use]
+    pub fn missed(&self) -> Option<usize> {
+        let offset = self.registers.eip.checked_sub(self.memory.image_base())? as usize;
+        let end = offset + self.code.at(offset)?.len();
+        (end > self.memory.image_length()).then_some(offset)
+    }
+
     /// Bytes of the stack used below ESP on entry.
     #[must_use]
     pub fn stack_depth(&self) -> u32 {
@@ -433,6 +442,10 @@ impl<'a> Machine<'a> {
         }
 
         let instruction = decoded.instruction;
+        // Where only a part of the image lies in memory, its last instruction may be cut off.
+        if offset + instruction.len() > self.memory.image_length() {
+            return Err(Stop::Left);
+        }
         self.trace.instructions += 1;
         self.trace.last = offset;
         self.trace.shadowed = std::mem::take(&mut self.shadow);

@@ -14,6 +14,17 @@ pub const GENERAL: [(&str, vmi_abi::Registers); 8] = [
     ("EDI", vmi_abi::Registers::EDI),
 ];
 
+/// The general registers that hold any value on entry: all but ESP.
+pub const FREE: [Register; 7] = [
+    Register::EAX,
+    Register::ECX,
+    Register::EDX,
+    Register::EBX,
+    Register::EBP,
+    Register::ESI,
+    Register::EDI,
+];
+
 /// The segment registers, in the processor's own order.
 pub const SEGMENTS: [Register; 6] =
     [Register::ES, Register::CS, Register::SS, Register::DS, Register::FS, Register::GS];

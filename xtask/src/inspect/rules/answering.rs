@@ -1,14 +1,16 @@
 //! `vmi_init` and `get_reloc`.
 
-use super::{Report, Rule, Subject};
-use crate::inspect::answers::{self, ASK_BUDGET, Asked, GET_RELOC, INIT_BUDGET, Table, VMI_INIT};
+use super::{Report, Rule, Subject, slots};
+use crate::inspect::answers::{self, ASK_BUDGET, Asked, INIT_BUDGET, Table};
+use crate::inspect::interface::Function;
 use crate::inspect::machine::registers::GENERAL;
 use crate::inspect::machine::{Code, Machine, Registers, Stop, flags};
 use crate::inspect::reach::{Executed, reach};
-use crate::inspect::trial;
-use crate::inspect::{HIGH_BASE, LOW_BASE};
+use crate::inspect::trial::{self, Placement};
+use crate::inspect::{HIGH_BASE, Interface, LOW_BASE};
 use iced_x86::Register;
-use vmi_abi::{CALLS_3_0, Group, RelocationType, STACK_LIMIT};
+use vmi_abi::header::SLOT_COUNT;
+use vmi_abi::{Answers, Group, REVISION_13_3, RelocationType, STACK_LIMIT};
 
 /// Times that each call is asked for: with them a ROM gets as many questions as in a boot of Linux.
 const ROUNDS: usize = 60;
@@ -20,31 +22,49 @@ const BEYOND: [u32; 12] =
 /// Instructions for an answer that this project grants its own image.
 const OWN_LIMIT: u64 = 24;
 
-pub(super) fn check_init(code: &Code<'_>, report: &mut Report) {
+/// Where the whole image lies.
+const WHOLE: [Placement; 2] = [Placement::whole(HIGH_BASE), Placement::whole(LOW_BASE)];
+
+pub(super) fn check_init(code: &Code<'_>, interface: &Interface, report: &mut Report) {
+    let init = interface.init;
+    let subject = Subject::function(init);
+    let has_slots = interface.revision.has_slots();
+    if has_slots && !slots::has_code(code, &subject, init.offset, report) {
+        return;
+    }
     let mut executed = Executed::new(code);
-    for base in [HIGH_BASE, LOW_BASE] {
-        let mut entry = trial::plain(code, base, VMI_INIT, 0).entry;
+    let copy = has_slots.then_some((Placement::COPY, Rule::Copy));
+    for (placement, rule) in WHOLE.map(|placement| (placement, Rule::Init)).into_iter().chain(copy)
+    {
+        let mut entry = trial::plain(code, placement, init.offset, 0).entry;
         entry.eflags &= !flags::INTERRUPT;
-        let (machine, stop) = answers::initialise(code, base);
+        let (machine, stop) = answers::initialise(code, interface, placement);
         executed.add(&machine.trace);
+        if let Some(number) = init.number {
+            report.ran(number, machine.trace.instructions);
+        }
         let before = report.violations.len();
-        if ended(code, &Subject::INIT, Rule::Init, &machine, stop, INIT_BUDGET, report) {
+        if ended(code, &subject, rule, &machine, stop, INIT_BUDGET, report) {
             let result = machine.registers.get(Register::EAX);
             if result != 0 {
+                let base = placement.base;
                 let detail = format!(
                     "returns EAX = {result:08X}h at base {base:08X}h: the guest does not use the ROM"
                 );
-                report.code(code, &Subject::INIT, Rule::Init, machine.trace.writers[0], detail);
+                report.code(code, &subject, rule, machine.trace.writers[0], detail);
             }
-            keeps(code, &Subject::INIT, Rule::Init, &entry, &machine, report);
+            keeps(code, &subject, rule, &entry, &machine, report);
         }
-        report.breaches(code, &Subject::INIT, &machine.trace.breaches);
+        report.breaches(code, &subject, &machine.trace.breaches);
         if report.violations.len() > before {
             break;
         }
     }
-    let reached = reach(code, VMI_INIT, executed.offsets(), false);
-    report.reachable(code, &Subject::INIT, &reached);
+    let reached = reach(code, init.offset, executed.offsets(), false);
+    report.reachable(code, &subject, &reached);
+    if has_slots {
+        slots::check_reach(code, &subject, interface, init.offset, &reached, report);
+    }
 }
 
 /// Whether an execution ended where it was called from; if not, that is a violation.
@@ -60,7 +80,10 @@ fn ended(
     let at = Some(machine.trace.last);
     let detail = match stop {
         Stop::Left if machine.registers.eip == trial::RETURN_ADDRESS => return true,
-        Stop::Left => format!("leaves the image for linear {:08X}h", machine.registers.eip),
+        Stop::Left => match machine.missed() {
+            Some(offset) => slots::leaves(offset),
+            None => format!("leaves the image for linear {:08X}h", machine.registers.eip),
+        },
         Stop::Halted => "halts with interrupts disabled".to_owned(),
         Stop::Reset => "shuts the processor down".to_owned(),
         Stop::Interrupt(vector) => format!("raises exception or interrupt {vector}"),
@@ -115,125 +138,209 @@ fn keeps(
     }
 }
 
-pub(super) fn check(code: &Code<'_>, high: &Table, low: &Table, report: &mut Report) {
-    let mut executed = Executed::new(code);
-    if check_asking(code, high, low, &mut executed, report) {
-        check_constancy(code, high, report);
-        check_beyond(code, report);
-    }
-    let reached = reach(code, GET_RELOC, executed.offsets(), false);
-    report.reachable(code, &Subject::GET_RELOC, &reached);
-    check_answers(code, high, low, report);
-    check_groups(code, high, report);
-    let most = high.most_instructions();
-    let judgement =
-        if most > OWN_LIMIT { ", more than the 24 that this project grants itself" } else { "" };
-    report.note("get_reloc", format!("at most {most} instructions for an answer{judgement}"));
-}
-
-/// One question for each call at each base; whether all were answered.
-fn check_asking(
+pub(super) fn check(
     code: &Code<'_>,
+    interface: &Interface,
     high: &Table,
     low: &Table,
-    executed: &mut Executed,
     report: &mut Report,
-) -> bool {
-    for (table, base) in [(high, HIGH_BASE), (low, LOW_BASE)] {
-        for number in 0..CALLS_3_0.len() as u32 {
-            let (asked, answer) = answers::ask(code, base, number, 1 + u64::from(number));
-            executed.add(&asked.start.machine.trace);
-            judge_asked(code, &asked, report);
-            if answer.is_none() {
-                let known = table.answers.iter().flatten().count();
-                report.note(
-                    "get_reloc",
-                    format!("does not answer for call {number}; {known} calls were answered"),
+) {
+    let Some(lookup) = interface.lookup else { return };
+    let subject = Subject::function(lookup);
+    let has_slots = interface.revision.has_slots();
+    if has_slots && !slots::has_code(code, &subject, lookup.offset, report) {
+        return;
+    }
+    let asking = Asking { code, interface, lookup, subject };
+    let mut executed = Executed::new(code);
+    if asking.check_each(high, low, &mut executed, report) {
+        asking.check_constancy(high, report);
+        asking.check_beyond(report);
+        if has_slots {
+            asking.check_copy(high, report);
+        }
+    }
+    let reached = reach(code, lookup.offset, executed.offsets(), false);
+    report.reachable(code, &subject, &reached);
+    if has_slots {
+        slots::check_reach(code, &subject, interface, lookup.offset, &reached, report);
+    }
+    check_answers(code, interface, high, low, report);
+    if !has_slots {
+        check_groups(code, interface, high, report);
+    }
+    let most = high.most_instructions();
+    if let Some(number) = lookup.number {
+        report.ran(number, most);
+    }
+    let judgement =
+        if most > OWN_LIMIT { ", more than the 24 that this project grants itself" } else { "" };
+    report.note(lookup.name, format!("at most {most} instructions for an answer{judgement}"));
+}
+
+/// Who is asked, and how.
+struct Asking<'a> {
+    code: &'a Code<'a>,
+    interface: &'a Interface,
+    lookup: Function,
+    subject: Subject,
+}
+
+impl<'a> Asking<'a> {
+    fn ask(
+        &self,
+        placement: Placement,
+        number: u32,
+        seed: u64,
+    ) -> (Asked<'a>, Option<answers::Answer>) {
+        answers::ask(self.code, self.lookup, placement, number, seed)
+    }
+
+    /// One question for each call at each base; whether all were answered.
+    fn check_each(
+        &self,
+        high: &Table,
+        low: &Table,
+        executed: &mut Executed,
+        report: &mut Report,
+    ) -> bool {
+        for (table, placement) in [high, low].into_iter().zip(WHOLE) {
+            for (number, _) in self.interface.calls() {
+                let (asked, answer) = self.ask(placement, number, 1 + u64::from(number));
+                executed.add(&asked.start.machine.trace);
+                self.judge(&asked, Rule::GetReloc, report);
+                if answer.is_none() {
+                    let known = table.answers.iter().flatten().count();
+                    report.note(
+                        self.lookup.name,
+                        format!("does not answer for call {number}; {known} calls were answered"),
+                    );
+                    return false;
+                }
+            }
+        }
+        true
+    }
+
+    fn judge(&self, asked: &Asked<'_>, rule: Rule, report: &mut Report) {
+        let (code, subject, machine) = (self.code, &self.subject, &asked.start.machine);
+        if ended(code, subject, rule, machine, asked.stop, ASK_BUDGET, report) {
+            let mut entry = asked.start.entry.clone();
+            entry.set(Register::EAX, machine.registers.get(Register::EAX));
+            keeps(code, subject, rule, &entry, machine, report);
+        }
+        report.breaches(code, subject, &machine.trace.breaches);
+    }
+
+    fn check_constancy(&self, high: &Table, report: &mut Report) {
+        for (time, number) in answers::questions(self.interface, ROUNDS).enumerate() {
+            let (asked, answer) = self.ask(WHOLE[0], number, 0x1000 + time as u64);
+            let first = high.answer_at(number);
+            let same = match (first, answer) {
+                (Some(a), Some(b)) => a.kind == b.kind && (a.eip == b.eip || !a.kind.has_address()),
+                _ => false,
+            };
+            if !same {
+                let subject = Subject::call(Some(self.interface), number);
+                let shown = |answer: Option<answers::Answer>| {
+                    answer.map_or("nothing".to_owned(), |a| {
+                        format!("{} {:08X}h", kind_name(a.kind), a.eip)
+                    })
+                };
+                let detail = format!(
+                    "answered {} at first and {} when asked again",
+                    shown(first),
+                    shown(answer)
                 );
-                return false;
+                report.code(self.code, &subject, Rule::Constancy, None, detail);
+                return;
+            }
+            if time % 16 == 0 {
+                self.judge(&asked, Rule::GetReloc, report);
             }
         }
     }
-    true
-}
 
-fn judge_asked(code: &Code<'_>, asked: &Asked<'_>, report: &mut Report) {
-    let machine = &asked.start.machine;
-    if ended(code, &Subject::GET_RELOC, Rule::GetReloc, machine, asked.stop, ASK_BUDGET, report) {
-        let mut entry = asked.start.entry.clone();
-        entry.set(Register::EAX, machine.registers.get(Register::EAX));
-        keeps(code, &Subject::GET_RELOC, Rule::GetReloc, &entry, machine, report);
-    }
-    report.breaches(code, &Subject::GET_RELOC, &machine.trace.breaches);
-}
-
-fn check_constancy(code: &Code<'_>, high: &Table, report: &mut Report) {
-    for (time, number) in answers::questions(ROUNDS).enumerate() {
-        let (asked, answer) = answers::ask(code, HIGH_BASE, number, 0x1000 + time as u64);
-        let first = high.answers.get(number as usize).copied().flatten();
-        let same = match (first, answer) {
-            (Some(a), Some(b)) => a.kind == b.kind && (a.eip == b.eip || !a.kind.has_address()),
-            _ => false,
-        };
-        if !same {
-            let subject = subject(number);
-            let shown = |answer: Option<answers::Answer>| {
-                answer.map_or("nothing".to_owned(), |a| {
-                    format!("{} {:08X}h", kind_name(a.kind), a.eip)
-                })
-            };
-            let detail = format!(
-                "answered {} at first and {} when asked again",
-                shown(first),
-                shown(answer)
-            );
-            report.code(code, &subject, Rule::Constancy, None, detail);
-            return;
-        }
-        if time % 16 == 0 {
-            judge_asked(code, &asked, report);
+    fn check_beyond(&self, report: &mut Report) {
+        let revision = self.interface.revision;
+        // What a later minor revision has in the other slots is not known.
+        let later = revision.has_slots() && revision.minor > REVISION_13_3.minor;
+        let names_none =
+            |number: u32| revision.call(number).is_none() && !(later && number < SLOT_COUNT as u32);
+        for number in BEYOND.into_iter().filter(|number| names_none(*number)) {
+            let (asked, answer) = self.ask(WHOLE[0], number, 0x9000 + u64::from(number));
+            self.judge(&asked, Rule::GetReloc, report);
+            if let Some(answer) = answer
+                && answer.kind != RelocationType::NONE
+            {
+                let detail = format!(
+                    "answers {} for number {number}, which names no call",
+                    kind_name(answer.kind)
+                );
+                report.code(self.code, &self.subject, Rule::Answer, None, detail);
+                return;
+            }
         }
     }
-}
 
-fn check_beyond(code: &Code<'_>, report: &mut Report) {
-    for number in BEYOND {
-        let (asked, answer) = answers::ask(code, HIGH_BASE, number, 0x9000 + u64::from(number));
-        judge_asked(code, &asked, report);
-        if let Some(answer) = answer
-            && answer.kind != RelocationType::NONE
-        {
-            let detail = format!(
-                "answers {} for number {number}, which names no call",
-                kind_name(answer.kind)
-            );
-            report.code(code, &Subject::GET_RELOC, Rule::Answer, None, detail);
-            return;
+    /// The answers of a copy of the slots are those of the whole, seen from where the copy lies.
+    fn check_copy(&self, high: &Table, report: &mut Report) {
+        for (number, _) in self.interface.calls() {
+            let (asked, answer) = self.ask(Placement::COPY, number, 1 + u64::from(number));
+            let Some(answer) = answer else { return self.judge(&asked, Rule::Copy, report) };
+            let machine = &asked.start.machine;
+            if let Some((at, breach)) = machine.trace.breaches.first() {
+                let detail = format!("in a copy of the slots: {breach}");
+                return report.code(self.code, &self.subject, Rule::Copy, Some(*at), detail);
+            }
+            let same = high.answer_at(number).is_some_and(|first| {
+                let distance = |eip: u32, base: u32| eip.wrapping_sub(base);
+                let there = distance(answer.eip, Placement::COPY.base);
+                first.kind == answer.kind
+                    && (distance(first.eip, HIGH_BASE) == there || !first.kind.has_address())
+            });
+            if !same {
+                let subject = Subject::call(Some(self.interface), number);
+                let detail = "answered differently by a copy of the slots";
+                return report.code(self.code, &subject, Rule::Copy, None, detail);
+            }
         }
     }
 }
 
-fn check_answers(code: &Code<'_>, high: &Table, low: &Table, report: &mut Report) {
-    for (call, (high, low)) in CALLS_3_0.iter().zip(high.answers.iter().zip(&low.answers)) {
-        let Some((number, high)) = call.number.zip(*high) else { continue };
-        let subject = subject(number.0);
+fn check_answers(
+    code: &Code<'_>,
+    interface: &Interface,
+    high: &Table,
+    low: &Table,
+    report: &mut Report,
+) {
+    for (number, call) in interface.calls() {
+        let Some(high) = high.answer_at(number) else { continue };
+        let subject = Subject::call(Some(interface), number);
         let Some(kind) = high.kind.as_answers() else {
             let detail = format!("answered with type {}, which no revision defines", high.kind.0);
             report.code(code, &subject, Rule::Answer, None, detail);
             continue;
         };
-        if !call.contract.answers.contains(kind) {
-            let detail = format!(
-                "answered {}, which this call's guests cannot live with",
-                kind_name(high.kind)
-            );
+        let has_slots = interface.revision.has_slots();
+        let allowed = if has_slots { Answers::SLOT } else { call.contract.answers };
+        if !allowed.contains(kind) {
+            let reason = if has_slots {
+                "and Sanos stops at anything but CALL_REL"
+            } else {
+                "which this call's guests cannot live with"
+            };
+            let detail = format!("answered {}, {reason}", kind_name(high.kind));
             report.code(code, &subject, Rule::Answer, high.offset, detail);
         }
         if high.kind.has_address() && high.offset.is_none() {
             let detail = format!("answered with linear {:08X}h, outside the image", high.eip);
             report.code(code, &subject, Rule::Answer, None, detail);
         }
-        let alike = low.is_some_and(|low| low.kind == high.kind && low.offset == high.offset);
+        let alike = low
+            .answer_at(number)
+            .is_some_and(|low| low.kind == high.kind && low.offset == high.offset);
         if !alike {
             let detail = format!(
                 "answered differently at linear bases {HIGH_BASE:08X}h and {LOW_BASE:08X}h"
@@ -243,29 +350,26 @@ fn check_answers(code: &Code<'_>, high: &Table, low: &Table, report: &mut Report
     }
 }
 
-fn check_groups(code: &Code<'_>, table: &Table, report: &mut Report) {
+fn check_groups(code: &Code<'_>, interface: &Interface, table: &Table, report: &mut Report) {
     for (group, name) in [(Group::Timer, "timer"), (Group::Apic, "APIC")] {
         let members = || {
-            CALLS_3_0.iter().filter(move |call| call.contract.group == Some(group)).filter_map(
-                |call| Some((call, table.answer_of(call.number?)?.kind != RelocationType::NONE)),
-            )
+            interface
+                .calls()
+                .filter(move |(_, call)| call.contract.group == Some(group))
+                .filter_map(|(number, _)| {
+                    Some((number, table.answer_at(number)?.kind != RelocationType::NONE))
+                })
         };
         if !members().any(|(_, answered)| answered) {
             continue;
         }
-        for (call, _) in members().filter(|(_, answered)| !answered) {
-            let subject = subject(call.number.map_or(0, |number| number.0));
+        for (number, _) in members().filter(|(_, answered)| !answered) {
+            let subject = Subject::call(Some(interface), number);
             let detail =
                 format!("answered NONE while other {name} calls are answered: all or none");
             report.code(code, &subject, Rule::Group, None, detail);
         }
     }
-}
-
-/// A call of the table as the subject of a violation.
-pub(super) fn subject(number: u32) -> Subject {
-    let name = CALLS_3_0.get(number as usize).map_or("call", |call| call.name);
-    Subject { name, call: Some(number) }
 }
 
 /// The specification's name of a relocation type.

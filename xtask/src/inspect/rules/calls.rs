@@ -1,15 +1,15 @@
 //! Each call's code, executed from many states.
 
-use super::answering::subject;
-use super::{Report, Rule, Subject, effects};
-use crate::inspect::answers::{Answer, Table};
+use super::{Report, Rule, Subject, effects, slots};
+use crate::inspect::answers::Table;
+use crate::inspect::interface::Entry;
 use crate::inspect::machine::registers::{GENERAL, SEGMENTS};
 use crate::inspect::machine::{Code, Stop, flags};
 use crate::inspect::reach::{Executed, reach};
-use crate::inspect::trial::{self, Trial};
-use crate::inspect::{HIGH_BASE, LOW_BASE};
+use crate::inspect::trial::{self, Placement, Trial};
+use crate::inspect::{HIGH_BASE, Interface, LOW_BASE};
 use iced_x86::Register;
-use vmi_abi::{CALLS_3_0, Call, Ending, Registers, STACK_LIMIT, number};
+use vmi_abi::{Call, Ending, Registers, STACK_LIMIT, number};
 
 /// States from which each call is executed, at each base.
 const TRIALS: u64 = 64;
@@ -23,33 +23,34 @@ const CALL_BUDGET: u64 = 200_000;
 /// Instructions after which a call that must not return is believed, once; then a tenth of it.
 const STOPPING_BUDGET: u64 = 600_000;
 
-pub(super) fn check(code: &Code<'_>, table: &Table, report: &mut Report) {
-    for call in CALLS_3_0 {
-        let answer = call.number.and_then(|number| table.answer_of(number));
-        let executed = answer
-            .and_then(|answer| Some((answer, answer.offset?)))
-            .map(|(answer, offset)| check_call(code, call, answer, offset, report));
-        report.executed.push(executed);
+pub(super) fn check(code: &Code<'_>, interface: &Interface, table: &Table, report: &mut Report) {
+    for (number, call) in interface.calls().filter(|(number, _)| !interface.is_function(*number)) {
+        for entry in interface.entries(table, number, call) {
+            let subject = Subject { name: call.name, call: Some(number) };
+            if entry.is_slot && !slots::has_code(code, &subject, entry.offset, report) {
+                continue;
+            }
+            let most = check_call(code, interface, call, subject, entry, report);
+            report.ran(number, most);
+        }
     }
 }
 
-/// Executes and judges one call; the most instructions that an execution took.
+/// Executes and judges a call's code at one entry; the most instructions that an execution took.
 fn check_call(
     code: &Code<'_>,
+    interface: &Interface,
     call: &Call,
-    answer: Answer,
-    offset: usize,
+    subject: Subject,
+    entry: Entry,
     report: &mut Report,
 ) -> u64 {
-    let mut check = Check {
-        code,
-        call,
-        subject: subject(call.number.map_or(0, |number| number.0)),
-        report,
-        kept: Registers::empty(),
-    };
+    let mut check =
+        Check { code, call, subject, report, kept: Registers::empty(), deeds: Deeds::default() };
     let stops = call.contract.ending == Ending::Stops;
     let trials = if stops { STOPPING_TRIALS } else { TRIALS };
+    let Entry { offset, kind, is_slot } = entry;
+    let mut copies = is_slot;
     let mut executed = Executed::new(code);
     let mut most = 0;
     let mut cut_short = false;
@@ -59,7 +60,7 @@ fn check_call(
             true => STOPPING_BUDGET / 10,
             false => CALL_BUDGET,
         };
-        let mut high = trial::call(code, HIGH_BASE, offset, call, answer.kind, seed);
+        let mut high = trial::call(code, Placement::whole(HIGH_BASE), offset, call, kind, seed);
         let stop = high.machine.run(budget);
         executed.add(&high.machine.trace);
         most = most.max(high.machine.trace.instructions);
@@ -71,15 +72,26 @@ fn check_call(
         if stops && seed > 0 {
             continue;
         }
-        let mut low = trial::call(code, LOW_BASE, offset, call, answer.kind, seed);
+        let mut low = trial::call(code, Placement::whole(LOW_BASE), offset, call, kind, seed);
         let low_stop = low.machine.run(budget);
         if !check.same(&high, stop, &low, low_stop) {
             break;
         }
+        if copies {
+            let mut copy = trial::call(code, Placement::COPY, offset, call, kind, seed);
+            let copy_stop = copy.machine.run(budget);
+            copies = check.same_in_copy(&high, stop, &copy, copy_stop);
+        }
+    }
+    if interface.revision.has_slots() {
+        effects::judge_deeds(&mut check);
     }
     let executed = executed.offsets();
     let reached = reach(code, offset, executed, cut_short);
     check.report.reachable(code, &check.subject, &reached);
+    if is_slot {
+        slots::check_reach(code, &check.subject, interface, offset, &reached, check.report);
+    }
     let looked_at = reached.instructions.keys().filter(|offset| !executed.contains(offset));
     if let Some(first) = looked_at.clone().next() {
         let count = looked_at.count();
@@ -99,9 +111,31 @@ pub(super) struct Check<'a, 'b> {
     report: &'b mut Report,
     /// Registers already reported.
     kept: Registers,
+    /// What the call was seen to do.
+    pub(super) deeds: Deeds,
+}
+
+/// What a call that returned was seen to do, in any execution.
+#[derive(Default)]
+pub(super) struct Deeds {
+    /// Executions that returned.
+    pub(super) returned: u64,
+    /// Whether an instruction reached beyond the program, or a store changed what an argument points to.
+    pub(super) acted: bool,
+    /// Places of the general registers that an instruction wrote.
+    pub(super) written: [bool; 8],
 }
 
 impl Check<'_, '_> {
+    /// Whether the call is known to break a rule.
+    pub(super) fn is_broken(&self) -> bool {
+        self.report.violations.iter().any(|found| found.call == self.subject.call)
+    }
+
+    pub(super) fn note(&mut self, detail: impl Into<String>) {
+        self.report.note(self.subject.name, detail);
+    }
+
     pub(super) fn violation(
         &mut self,
         rule: Rule,
@@ -205,6 +239,7 @@ impl Check<'_, '_> {
         self.judge_registers(trial, self.call.contract.may_change() | Registers::ESP);
         effects::judge_flags(self, trial);
         effects::judge_effect(self, trial);
+        effects::note_deeds(self, trial);
         true
     }
 
@@ -394,11 +429,56 @@ impl Check<'_, '_> {
 
     /// Whether the code does the same at another base.
     fn same(&mut self, high: &Trial<'_>, stop: Stop, low: &Trial<'_>, low_stop: Stop) -> bool {
+        let Some(difference) = self.differs(high, stop, low, low_stop) else { return true };
+        let b = &low.machine;
+        self.report.breaches(self.code, &self.subject, &b.trace.breaches);
+        let detail =
+            format!("with the image at linear {HIGH_BASE:08X}h and {LOW_BASE:08X}h: {difference}");
+        let last = b.trace.breaches.first().map_or(b.trace.last, |(offset, _)| *offset);
+        self.once(Rule::Base, Some(last), detail);
+        false
+    }
+
+    /// Whether the code does the same in a copy of the slots.
+    fn same_in_copy(
+        &mut self,
+        whole: &Trial<'_>,
+        stop: Stop,
+        copy: &Trial<'_>,
+        copy_stop: Stop,
+    ) -> bool {
+        let trace = &copy.machine.trace;
+        let known =
+            |offset: usize| whole.machine.trace.breaches.iter().any(|(at, _)| *at == offset);
+        let (at, detail) = if copy_stop == Stop::Fuel {
+            self.once(Rule::Undecided, Some(trace.last), super::OUT_OF_FUEL);
+            return false;
+        } else if let Some(offset) = copy.machine.missed().filter(|_| copy_stop == Stop::Left) {
+            (trace.last, slots::leaves(offset))
+        } else if let Some((at, breach)) = trace.breaches.iter().find(|(at, _)| !known(*at)) {
+            (*at, format!("in a copy of the slots: {breach}"))
+        } else if let Some(difference) = self.differs(whole, stop, copy, copy_stop) {
+            (trace.last, format!("in the image and in a copy of the slots: {difference}"))
+        } else {
+            return true;
+        };
+        self.violation(Rule::Copy, Some(at), detail);
+        false
+    }
+
+    /// What differs between two executions that should be alike.
+    fn differs(
+        &self,
+        high: &Trial<'_>,
+        stop: Stop,
+        low: &Trial<'_>,
+        low_stop: Stop,
+    ) -> Option<String> {
         let (a, b) = (&high.machine, &low.machine);
         let places = |trial: &Trial<'_>| -> Vec<usize> {
             trial.machine.trace.breaches.iter().map(|(offset, _)| *offset).collect()
         };
-        let difference = if stop != low_stop {
+        if stop != low_stop {
             Some(format!("{} at one base and {} at the other", told(stop), told(low_stop)))
         } else if places(high) != places(low) {
             Some("reaches memory that it may touch at one base only".to_owned())
@@ -425,14 +505,7 @@ impl Check<'_, '_> {
             (!names.is_empty()).then(|| format!("returns different values in {}", names.join(", ")))
         } else {
             None
-        };
-        let Some(difference) = difference else { return true };
-        self.report.breaches(self.code, &self.subject, &b.trace.breaches);
-        let detail =
-            format!("with the image at linear {HIGH_BASE:08X}h and {LOW_BASE:08X}h: {difference}");
-        let last = b.trace.breaches.first().map_or(b.trace.last, |(offset, _)| *offset);
-        self.once(Rule::Base, Some(last), detail);
-        false
+        }
     }
 }
 

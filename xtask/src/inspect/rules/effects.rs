@@ -3,9 +3,10 @@
 use super::Rule;
 use super::calls::Check;
 use crate::inspect::machine::flags;
+use crate::inspect::machine::registers::GENERAL;
 use crate::inspect::trial::{TASK_STATE, Trial};
-use iced_x86::Register;
-use vmi_abi::{Registers, number};
+use iced_x86::{Mnemonic, Register};
+use vmi_abi::{Answers, Ending, Registers, number, slot};
 
 /// EFLAGS behind a call that returned.
 pub(super) fn judge_flags(check: &mut Check<'_, '_>, trial: &Trial<'_>) {
@@ -82,7 +83,7 @@ fn names(set: u32) -> String {
 
 /// Memory behind a call that returned.
 pub(super) fn judge_effect(check: &mut Check<'_, '_>, trial: &Trial<'_>) {
-    let Some(number) = check.call.number else { return };
+    let Some(number) = check.call.number else { return judge_slot_effect(check, trial) };
     match number {
         number::SetPxE => judge_entry(check, trial, 4),
         number::SetPxELong => judge_entry(check, trial, 8),
@@ -96,6 +97,121 @@ pub(super) fn judge_effect(check: &mut Check<'_, '_>, trial: &Trial<'_>) {
             }
         }
         _ => {}
+    }
+}
+
+/// Memory and result behind a call that only revision 13.x has.
+fn judge_slot_effect(check: &mut Check<'_, '_>, trial: &Trial<'_>) {
+    let Some(call_slot) = check.call.contract.slot else { return };
+    let size = match call_slot {
+        slot::SetPxETwoArguments => return judge_entry(check, trial, 4),
+        slot::SetPxELongTwoArguments => return judge_entry(check, trial, 8),
+        slot::GetPxE | slot::SwapPxE | slot::TestAndSetPxEBit | slot::TestAndClearPxEBit => 4,
+        slot::GetPxELong
+        | slot::SwapPxELongAtomic
+        | slot::DeactivatePxELongAtomic
+        | slot::TestAndSetPxELongBit
+        | slot::TestAndClearPxELongBit => 8,
+        _ => return,
+    };
+    let Some((at, _)) = pointed(check, trial, "entry", size) else { return };
+    let Some(old) = trial.pages.iter().find_map(|(_, page)| page.number(at, size)) else { return };
+    let mask = u64::MAX >> (64 - 8 * size as u32);
+    let bit = trial.argument(check.call, "bit").map_or(0, |bit| 1u64.unbounded_shl(bit as u32));
+    let new = match call_slot {
+        slot::SwapPxE | slot::SwapPxELongAtomic => {
+            trial.argument(check.call, "value").unwrap_or_default() & mask
+        }
+        slot::DeactivatePxELongAtomic => 0,
+        slot::TestAndSetPxEBit | slot::TestAndSetPxELongBit => old | bit,
+        slot::TestAndClearPxEBit | slot::TestAndClearPxELongBit => old & !bit,
+        _ => old,
+    };
+    let last = Some(trial.machine.trace.last);
+    let found = number_at(trial, at, size).unwrap_or_default();
+    if found != new {
+        let detail = format!("the entry holds {found:X}h on return and must hold {new:X}h");
+        check.once(Rule::Effect, last, detail);
+    }
+    expect_only(check, trial, at, size);
+    let [eax, _, edx, ..] = trial.machine.registers.general();
+    let high = if size == 8 { u64::from(edx) << 32 } else { 0 };
+    let wrong = if bit != 0 {
+        ((eax != 0) != (old & bit != 0)).then(|| {
+            let is = if old & bit != 0 { "set" } else { "clear" };
+            format!("returns EAX = {eax:X}h, and the bit was {is}")
+        })
+    } else {
+        let result = u64::from(eax) | high;
+        (result != old).then(|| format!("returns {result:X}h, and the entry held {old:X}h"))
+    };
+    if let Some(detail) = wrong {
+        check.once(Rule::Effect, last, detail);
+    }
+    // Of SwapPxE nobody says that it is one step.
+    if !matches!(call_slot, slot::GetPxE | slot::GetPxELong | slot::SwapPxE) {
+        judge_one_step(check, trial, old, mask);
+    }
+}
+
+/// Each change of the entry is made by one instruction that no other processor can come between.
+fn judge_one_step(check: &mut Check<'_, '_>, trial: &Trial<'_>, old: u64, mask: u64) {
+    let mut before = old;
+    for (offset, state) in &trial.machine.trace.watched {
+        let changed = before != state & mask;
+        before = state & mask;
+        let locked = check.code.at(*offset).is_some_and(|instruction| {
+            instruction.has_lock_prefix() || instruction.mnemonic() == Mnemonic::Xchg
+        });
+        if changed && !locked {
+            let detail = "changes the entry without a LOCK prefix: what another processor writes there can be lost";
+            return check.violation(Rule::Effect, Some(*offset), detail);
+        }
+    }
+}
+
+/// Remembers what an execution that returned has done.
+pub(super) fn note_deeds(check: &mut Check<'_, '_>, trial: &Trial<'_>) {
+    let trace = &trial.machine.trace;
+    check.deeds.returned += 1;
+    for (written, writer) in check.deeds.written.iter_mut().zip(&trace.writers) {
+        *written |= writer.is_some();
+    }
+    check.deeds.acted = check.deeds.acted
+        || !trace.events.is_empty()
+        || trial.pages.iter().any(|(_, before)| {
+            let regions = &trial.machine.memory.regions;
+            regions.iter().any(|region| region.base == before.base && region.bytes != before.bytes)
+        });
+}
+
+/// A slot that does nothing where its call must do something.
+///
+/// In revision 3.0 the honest answer is NONE. A slot is entered whatever is in it.
+pub(super) fn judge_deeds(check: &mut Check<'_, '_>) {
+    let contract = check.call.contract;
+    // What is known to be wrong with the call says more.
+    if check.is_broken() || check.deeds.returned == 0 || contract.ending != Ending::Returns {
+        return;
+    }
+    let missing: Vec<&str> = (GENERAL.iter().zip(check.deeds.written))
+        .filter(|((_, register), written)| contract.results.contains(*register) && !written)
+        .map(|((name, _), _)| *name)
+        .collect();
+    if !missing.is_empty() {
+        let detail = format!("returns no result: no instruction writes {}", missing.join(" or "));
+        check.once(Rule::Effect, None, detail);
+    }
+    let may_do_nothing = contract.answers.contains(Answers::NOP) || !contract.results.is_empty();
+    if check.deeds.acted || may_do_nothing {
+        return;
+    }
+    if contract.group.is_some() {
+        check.note("does nothing; whether the ROM has what it is for cannot be seen");
+    } else {
+        let detail =
+            "does nothing: no instruction reaches beyond the program, and nothing is stored";
+        check.once(Rule::Effect, None, detail);
     }
 }
 

@@ -78,6 +78,14 @@ impl Rule {
                 "The ROM runs at its physical address, at a linear alias and in a copy: an absolute address is wrong in all but one."
             }
             Self::Effect => "The guest believes that the call has done what it is for.",
+            Self::Slot => {
+                "A guest of 13.x enters every slot without asking, and may write over its neighbour: what is not in the \
+                 call's own slot is then another call, or nothing."
+            }
+            Self::Copy => {
+                "Guests of 13.0 copy the first 4 KiB of the ROM to memory of their own and run the copy: what lies \
+                 behind is not there."
+            }
             Self::Undecided => {
                 "A part of the contract is not known to be kept. It is said here so that nobody takes silence for a pass."
             }
@@ -147,7 +155,15 @@ impl Rule {
             Self::Base => {
                 "Compute addresses from where the code runs (call to the next instruction, pop), each time."
             }
-            Self::Effect => "Do it, or answer NONE, so that the guest keeps its own code.",
+            Self::Effect => {
+                "Do it, or answer NONE, so that the guest keeps its own code; a slot of 13.x must do it."
+            }
+            Self::Slot => {
+                "Put code of at most 32 bytes that ends in RET into the slot, or a jump to free slots behind the last call."
+            }
+            Self::Copy => {
+                "Keep code and tables of the slots within the first 4 KiB, and reach them relative to where the code runs."
+            }
             Self::Undecided => {
                 "Review this code by hand; simpler code that the inspector can follow is decided by itself."
             }

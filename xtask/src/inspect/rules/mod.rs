@@ -4,21 +4,23 @@ mod answering;
 mod calls;
 mod effects;
 mod help;
+mod slots;
 mod structure;
 
 pub use answering::kind_name;
 pub use structure::shown as structure_text;
 
 use super::answers::{FUEL, Table, table};
+use super::interface::Function;
 use super::machine::{Breach, Code};
 use super::reach::Reach;
 use super::rom::Rom;
-use super::{HIGH_BASE, LOW_BASE};
+use super::{HIGH_BASE, Interface, LOW_BASE};
 use iced_x86::{Formatter, Instruction, IntelFormatter};
 use serde::Serialize;
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
-use vmi_abi::{CallNumber, REVISION_3_0};
+use vmi_abi::CallNumber;
 
 macro_rules! rules {
     ($( $(#[doc = $meaning:literal])+ $name:ident = $text:literal, )*) => {
@@ -53,7 +55,7 @@ rules! {
     Signature = "signature",
     /// All bytes of the image add up to 0 modulo 256, or the firmware ignores it.
     Checksum = "checksum",
-    /// The interface revision is 3.0.
+    /// The interface revision is 3.0 or one of 13.x.
     Revision = "revision",
     /// The licence string is exactly `GPL` or `GPL v2`, or Linux ignores the ROM.
     License = "licence",
@@ -65,9 +67,9 @@ rules! {
     VirtualTop = "virtual-top",
     /// The 16-bit entry is code.
     PostEntry = "post-entry",
-    /// `vmi_init` returns 0 and keeps what a function keeps.
+    /// `vmi_init`, in 13.x Init, returns 0 and keeps what a function keeps.
     Init = "vmi-init",
-    /// `get_reloc` returns for any number and keeps what a function keeps.
+    /// `get_reloc`, from 13.3 on GetRelocationInfo, returns for any number and keeps what a function keeps.
     GetReloc = "get-reloc",
     /// The answer is a type that exists and that the call's contract allows, with an address in the image.
     Answer = "answer",
@@ -99,6 +101,10 @@ rules! {
     Base = "base-dependence",
     /// The call does what it is for.
     Effect = "effect",
+    /// In 13.x each slot has code that ends in it or leaves it by a jump.
+    Slot = "slot",
+    /// In 13.x each slot's code does the same in a copy of the first 4 KiB.
+    Copy = "copy",
     /// What could not be executed to its end is not known to be right.
     Undecided = "undecided",
 }
@@ -129,9 +135,27 @@ pub struct Note {
     pub detail: String,
 }
 
+/// A rule that the ROM's revision does not have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct NotApplicable {
+    /// The rule.
+    #[serde(serialize_with = "name_of")]
+    pub rule: Rule,
+    /// Why it says nothing about this ROM.
+    pub reason: &'static str,
+}
+
+fn name_of<S: serde::Serializer>(rule: &Rule, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(rule.name())
+}
+
 /// The verdict on a ROM.
 #[derive(Clone, Debug, Default)]
 pub struct Report {
+    /// The ROM's interface; `None` for a revision that the inspector does not know.
+    pub interface: Option<Interface>,
+    /// Rules that this ROM was not held against.
+    pub not_applicable: Vec<NotApplicable>,
     /// Every broken rule.
     pub violations: Vec<Violation>,
     /// What else there is to know.
@@ -167,7 +191,7 @@ impl Report {
     /// The name of a call that the report speaks of.
     #[must_use]
     pub fn call_name(&self, number: u32) -> &'static str {
-        answering::subject(number).name
+        Subject::call(self.interface.as_ref(), number).name
     }
 
     fn note(&mut self, subject: &'static str, detail: impl Into<String>) {
@@ -176,15 +200,31 @@ impl Report {
 
     /// A violation of the image as a whole.
     fn image(&mut self, rule: Rule, offset: Option<usize>, detail: impl Into<String>) {
+        self.image_of(&Subject { name: "image", call: None }, rule, offset, detail);
+    }
+
+    /// A violation of a place in which there is no instruction to show.
+    fn image_of(
+        &mut self,
+        subject: &Subject,
+        rule: Rule,
+        offset: Option<usize>,
+        detail: impl Into<String>,
+    ) {
+        let (call, subject) = (subject.call, subject.name);
         let detail = detail.into();
-        self.violations.push(Violation {
-            rule,
-            call: None,
-            subject: "image",
-            offset,
-            instruction: None,
-            detail,
-        });
+        self.violations.push(Violation { rule, call, subject, offset, instruction: None, detail });
+    }
+
+    /// Notes the most instructions that a call was seen to take.
+    fn ran(&mut self, number: u32, instructions: u64) {
+        let place = number as usize;
+        if self.executed.len() <= place {
+            self.executed.resize(place + 1, None);
+        }
+        if let Some(most) = self.executed.get_mut(place) {
+            *most = (*most).max(Some(instructions));
+        }
     }
 
     /// A violation of a piece of code; each rule once for each place.
@@ -263,8 +303,34 @@ struct Subject {
 }
 
 impl Subject {
-    const INIT: Self = Self { name: "vmi_init", call: None };
-    const GET_RELOC: Self = Self { name: "get_reloc", call: None };
+    fn function(function: Function) -> Self {
+        Self { name: function.name, call: function.number }
+    }
+
+    /// A call of the ROM's revision.
+    fn call(interface: Option<&Interface>, number: u32) -> Self {
+        let call = interface.and_then(|interface| interface.revision.call(number));
+        Self { name: call.map_or("call", |call| call.name), call: Some(number) }
+    }
+}
+
+impl Rule {
+    /// Why the rule says nothing about ROMs of a revision; `None` where it does.
+    #[must_use]
+    pub const fn not_applicable(self, interface: &Interface) -> Option<&'static str> {
+        let slots = interface.revision.has_slots();
+        match self {
+            Self::Slot | Self::Copy if !slots => Some("revision 3.0 has no slots"),
+            Self::License | Self::VirtualTop if slots => {
+                Some("the field is reserved in revision 13.x")
+            }
+            Self::Group if slots => Some("in revision 13.x every call has a slot"),
+            Self::GetReloc | Self::Answer | Self::Constancy if interface.lookup.is_none() => {
+                Some("before revision 13.3 there is nobody to ask")
+            }
+            _ => None,
+        }
+    }
 }
 
 impl fmt::Display for Rule {
@@ -303,19 +369,26 @@ pub fn verify(rom: &Rom) -> Report {
 pub fn verify_within(rom: &Rom, fuel: u64) -> Report {
     let mut report = Report::default();
     structure::check(rom, &mut report);
-    if rom.revision().major != REVISION_3_0.major {
+    let Ok(interface) = rom.interface() else {
         report.note(
             "image",
             "the calls of another revision cannot be asked for: they were not looked at",
         );
         return report;
-    }
+    };
+    report.interface = Some(interface);
+    report.not_applicable = Rule::ALL
+        .iter()
+        .filter_map(|rule| {
+            Some(NotApplicable { rule: *rule, reason: rule.not_applicable(&interface)? })
+        })
+        .collect();
     let code = Code::new(rom.image(), fuel);
-    answering::check_init(&code, &mut report);
-    let high = table(&code, HIGH_BASE);
-    let low = table(&code, LOW_BASE);
-    answering::check(&code, &high, &low, &mut report);
-    calls::check(&code, &high, &mut report);
+    answering::check_init(&code, &interface, &mut report);
+    let high = table(&code, &interface, HIGH_BASE);
+    let low = table(&code, &interface, LOW_BASE);
+    answering::check(&code, &interface, &high, &low, &mut report);
+    calls::check(&code, &interface, &high, &mut report);
     report.table = Some(high);
     report
         .violations

@@ -6,9 +6,9 @@ use iced_x86::{Decoder, DecoderOptions, OpKind};
 use std::mem::{offset_of, size_of};
 use vmi_abi::header::{
     ACCEPTED_LICENSES, LENGTH_UNIT, PCI_DEVICE, PCI_LAST_IMAGE, PCI_VENDOR, PciHeader, PnpHeader,
-    ROM_SIGNATURE, RomHeader, VMI_SIGNATURE, checksum,
+    ROM_SIGNATURE, RomHeader, SLOT_TABLE_SIZE, VMI_SIGNATURE, checksum,
 };
-use vmi_abi::{REVISION_3_0, Revision};
+use vmi_abi::{REVISION_3_0, REVISION_13_3, Revision};
 
 /// What is free for option ROMs behind the video BIOS: C8000h to DFFFFh.
 const AREA_LENGTH: usize = 0x1_8000;
@@ -19,7 +19,10 @@ const LOWEST_TOP: u32 = 0xf880_0000;
 pub(super) fn check(rom: &Rom, report: &mut Report) {
     check_length(rom, report);
     check_header(rom, report);
-    check_license(rom, report);
+    if !rom.revision().has_slots() {
+        check_license(rom, report);
+        check_virtual_top(rom, report);
+    }
     check_pci(rom, report);
     check_pnp(rom, report);
     check_post_entry(rom, report);
@@ -39,6 +42,13 @@ fn check_length(rom: &Rom, report: &mut Report) {
             Rule::Length,
             at,
             format!("the length byte claims {claimed} bytes, the file has {present}"),
+        );
+    }
+    if rom.revision().has_slots() && claimed < SLOT_TABLE_SIZE {
+        report.image(
+            Rule::Length,
+            at,
+            format!("{claimed} bytes do not hold all slots, of which guests copy {SLOT_TABLE_SIZE} bytes"),
         );
     }
     if claimed > AREA_LENGTH {
@@ -74,16 +84,24 @@ fn check_header(rom: &Rom, report: &mut Report) {
     }
     let Revision { major, minor } = rom.revision();
     let at = offset_of!(RomHeader, api_version_maj);
-    if major != REVISION_3_0.major {
+    let known = if rom.revision().has_slots() { REVISION_13_3 } else { REVISION_3_0 };
+    if rom.interface().is_err() {
         let detail =
-            format!("interface revision {major}.{minor}: a guest of 3.0 passes the ROM over");
+            format!("interface revision {major}.{minor}: guests of 3.0 and 13.x pass the ROM over");
         report.image(Rule::Revision, Some(at), detail);
-    } else if minor != REVISION_3_0.minor {
+    } else if minor > known.minor {
+        let Revision { major: known_major, minor: known_minor } = known;
         report.note(
             "image",
-            format!("interface revision {major}.{minor}: only what 3.0 has was looked at"),
+            format!(
+                "interface revision {major}.{minor}: only what {known_major}.{known_minor} has was looked at"
+            ),
         );
     }
+}
+
+fn check_virtual_top(rom: &Rom, report: &mut Report) {
+    let header = rom.header();
     let top = header.virtual_top.get();
     if top != 0 && top < LOWEST_TOP {
         let at = offset_of!(RomHeader, virtual_top);
