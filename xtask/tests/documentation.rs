@@ -38,7 +38,7 @@ fn the_session_is_as_it_really_is() -> Result<()> {
         assert_eq!(output.trim_end(), printed(arguments)?.trim_end(), "{arguments}");
         shown += 1;
     }
-    assert_eq!(shown, 4);
+    assert_eq!(shown, 5);
     Ok(())
 }
 
@@ -79,16 +79,20 @@ fn fields(value: &serde_json::Value, path: &str, found: &mut BTreeSet<String>) {
 
 #[test]
 fn the_fields_of_the_json_are_those_of_its_page() -> Result<()> {
-    let file = xtask::workspace().join("fuzz/corpus/rom/good-native.rom");
-    let facts = survey(&Rom::parse(&std::fs::read(file)?)?, HIGH_BASE)?;
     let mut emitted = BTreeSet::new();
-    fields(&serde_json::to_value(&facts)?, "", &mut emitted);
+    let mut version = 0;
+    for name in ["good-native.rom", "good-13.3.rom"] {
+        let file = xtask::workspace().join("fuzz/corpus/rom").join(name);
+        let facts = survey(&Rom::parse(&std::fs::read(file)?)?, HIGH_BASE)?;
+        fields(&serde_json::to_value(&facts)?, "", &mut emitted);
+        version = facts.version;
+    }
     let page = page("inspector-json.md")?;
     let documented: BTreeSet<String> = page
         .lines()
         .filter_map(|line| Some(line.strip_prefix("| `")?.split_once("` |")?.0.to_owned()))
         .collect();
     assert_eq!(documented, emitted);
-    assert!(page.contains(&format!("`version` is {};", facts.version)));
+    assert!(page.contains(&format!("`version` is {version};")));
     Ok(())
 }

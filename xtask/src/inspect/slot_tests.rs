@@ -128,7 +128,7 @@ fn effects_of_calls_that_only_13_has_are_checked() {
 
 #[test]
 fn a_slot_that_does_nothing_is_named_where_something_must_be_done() {
-    let nothing = |number: u8| judged(&Slots::new(3).slot(number, asm! { ret; }).build());
+    let nothing = |number: u8| judged(&Slots::new(0).slot(number, asm! { ret; }).build());
     for number in [6, 8, 20, 22, 28, 29, 55, 56, 65] {
         assert_eq!(rules_of(&nothing(number)), [(Rule::Effect, Some(number.into()))], "{number}");
     }
@@ -147,14 +147,14 @@ fn a_slot_that_does_nothing_is_named_where_something_must_be_done() {
 
 #[test]
 fn empty_slots_are_named() {
-    for filler in [0x00, 0x90, 0xcc, 0xff] {
-        for number in [4, 5, 45, 84, 85] {
-            let report =
-                only(Slots::new(3).bytes(offset(number), &[filler; 32]), Rule::Slot, number.into());
-            assert!(report.violations[0].detail.contains("empty"), "{:?}", report.violations);
-        }
+    for (filler, minor, number) in
+        [(0x00, 0, 5), (0x90, 0, 84), (0xcc, 0, 45), (0xff, 3, 85), (0x00, 0, 4), (0xcc, 3, 87)]
+    {
+        let report =
+            only(Slots::new(minor).bytes(offset(number), &[filler; 32]), Rule::Slot, number.into());
+        assert!(report.violations[0].detail.contains("empty"), "{:?}", report.violations);
     }
-    assert!(judged(&Slots::new(3).bytes(offset(57), &[0xc3; 32]).build()).is_clean());
+    assert!(judged(&Slots::new(0).bytes(offset(57), &[0xc3; 32]).build()).is_clean());
     let short = judged(&Slots::new(0).length(1024).build());
     assert_eq!(rules_of(&short)[0], (Rule::Length, None));
     assert!(short.violations.iter().any(|v| v.rule == Rule::Slot && v.call == Some(84)));
@@ -390,5 +390,38 @@ proptest! {
         super::hostile::parse(&image);
         super::hostile::inspect(&image);
         super::hostile::verify(&image);
+    }
+}
+
+/// The files of `fuzz/corpus/rom` that are of revision 13.x.
+fn corpus() -> [(&'static str, Vec<u8>); 9] {
+    let small = |sample: &mut Slots| sample.length(SLOT_TABLE_SIZE).build();
+    let get_cr0 = [0x0f, 0x20, 0xc0, 0xc3];
+    [
+        ("good-13.0.rom", small(&mut Slots::new(0))),
+        ("good-13.3.rom", small(&mut Slots::new(3))),
+        (
+            "slot-elsewhere.rom",
+            Slots::new(3).answer_place(24, BEHIND).bytes(BEHIND, &get_cr0).build(),
+        ),
+        ("slot-none.rom", small(Slots::new(3).answer_type(24, 0))),
+        ("slot-register.rom", small(Slots::new(0).slot(36, asm! { cli; xor(ecx, ecx); ret; }))),
+        ("slot-empty.rom", small(Slots::new(0).bytes(offset(45), &[0xcc; 32][..]))),
+        ("slot-runs-over.rom", small(Slots::new(0).bytes(offset(26), &[0x90; 31][..]))),
+        ("slot-behind-copy.rom", Slots::new(0).moved(24, BEHIND).build()),
+        ("slot-short.rom", Slots::new(3).length(1024).build()),
+    ]
+}
+
+/// Whoever changes the samples writes the files anew: `UPDATE_CORPUS=1 cargo test -p xtask --lib corpus`.
+#[test]
+fn the_corpus_has_these_images() {
+    let folder = crate::workspace().join("fuzz/corpus/rom");
+    for (name, image) in corpus() {
+        let path = folder.join(name);
+        if std::env::var_os("UPDATE_CORPUS").is_some() {
+            std::fs::write(&path, &image).expect("a file that can be written");
+        }
+        assert!(std::fs::read(&path).is_ok_and(|bytes| bytes == image), "{}", path.display());
     }
 }

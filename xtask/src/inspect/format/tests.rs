@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::inspect::samples::Sample;
+use crate::inspect::slot_samples::Slots;
 use crate::inspect::{Rom, verify};
 use iced_x86::code_asm::*;
 use serde_json::Value;
@@ -122,6 +123,39 @@ fn json_can_be_read_back() {
         assert_eq!(found["detail"], violation.detail);
         assert_eq!(found["offset"].as_u64(), violation.offset.map(|offset| offset as u64));
     }
+}
+
+#[test]
+fn what_does_not_apply_is_told_in_each_form() {
+    let report = verify(&Rom::parse(&Slots::new(0).build()).expect("a ROM"));
+    let skipped: Vec<&str> = report.not_applicable.iter().map(|s| s.rule.name()).collect();
+    assert_eq!(skipped.len(), 6);
+    let verdicts = [Judged { source: "slots.rom", start: 0, report: &report }];
+
+    let document: Value = serde_json::from_str(&json(&verdicts).expect("text")).expect("JSON");
+    let told = document.pointer("/roms/0/not_applicable").and_then(Value::as_array);
+    let told = told.expect("a list");
+    assert_eq!(told.iter().map(|one| text(one, "/rule")).collect::<Vec<_>>(), skipped);
+    assert!(told.iter().all(|one| !text(one, "/reason").is_empty()));
+
+    let document: Value = serde_json::from_str(&sarif(&verdicts).expect("text")).expect("JSON");
+    let notes = document.pointer("/runs/0/invocations/0/toolExecutionNotifications");
+    let notes = notes.and_then(Value::as_array).expect("notifications").iter();
+    let rules: Vec<_> = notes.filter_map(|note| note.pointer("/associatedRule")).collect();
+    assert_eq!(rules.iter().map(|rule| text(rule, "/id")).collect::<Vec<_>>(), skipped);
+    for rule in rules {
+        let index = rule["index"].as_u64().expect("an index") as usize;
+        assert_eq!(Rule::ALL[index].name(), text(rule, "/id"));
+    }
+
+    let document = quick_junit::Report::deserialize_from_str(&junit(&verdicts).expect("text"))
+        .expect("JUnit XML");
+    let cases = document.test_suites[0].test_cases.iter();
+    let cases: Vec<&str> = cases
+        .filter(|case| matches!(case.status, quick_junit::TestCaseStatus::Skipped { .. }))
+        .map(|case| case.name.as_str())
+        .collect();
+    assert_eq!(cases, skipped);
 }
 
 #[test]
