@@ -12,6 +12,7 @@ use crate::table::{Align, BAD, Cell, DIM, GOOD, HEAD, PLAIN, Table};
 use serde::Serialize;
 use std::collections::BTreeSet;
 use std::fmt::Write;
+use vmi_abi::RelocationType;
 
 /// The version of the JSON form; it rises when a field changes its meaning or goes.
 pub const SCHEMA_VERSION: u32 = 1;
@@ -222,6 +223,12 @@ fn compare_call(pair: [Option<&CallFacts>; 2], codes: &[Code<'_>; 2]) -> CallDif
     let mut fields = Fields(Vec::new());
     fields.each("answer", [&pair[0], &pair[1]], |call| match call {
         None => "no such call in this revision".to_owned(),
+        // Told so or not, the guest calls the slot.
+        Some(call)
+            if call.slot.is_some() && call.answer_type == Some(RelocationType::CALL_REL.0) =>
+        {
+            "slot".to_owned()
+        }
         Some(call) => call.answer_text(),
     });
     fields.each("code beside the slot", [&pair[0], &pair[1]], |call| {

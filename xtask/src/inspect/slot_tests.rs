@@ -346,6 +346,8 @@ fn revisions_are_compared_by_name() {
             .collect()
     };
     assert_eq!(calls(&found), ["GetRelocationInfo", "SetPxE", "SetPxELong"]);
+    let changed = found.calls.iter().filter(|call| !call.is_same()).count();
+    assert_eq!((changed, found.header.len()), (3, 1), "{:#?}", found.header);
     let found = of(&Sample::new().build(), &new);
     let call = |name: &str| found.calls.iter().find(|call| call.name == name);
     assert_eq!(call("EnableInterrupts").map(|call| call.numbers), Some([Some(29), Some(35)]));
