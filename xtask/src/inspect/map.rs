@@ -125,6 +125,15 @@ pub struct Span {
     pub label: String,
 }
 
+/// Where every byte of an image goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Map {
+    /// Spans without gaps, in order.
+    pub spans: Vec<Span>,
+    /// Whether the budget ran out, so that bytes which code is or reads may stand for something else.
+    pub cut_short: bool,
+}
+
 /// A ROM in the option-ROM area.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Placed {
@@ -163,13 +172,18 @@ impl Paint {
     }
 }
 
-/// Where every byte of the image goes: spans without gaps, in order.
+/// Where every byte of the image goes.
 #[must_use]
-pub fn map(rom: &Rom, survey: &Survey) -> Vec<Span> {
+pub fn map(rom: &Rom, survey: &Survey) -> Map {
+    map_within(rom, survey, FUEL)
+}
+
+fn map_within(rom: &Rom, survey: &Survey, fuel: u64) -> Map {
     let image = rom.image();
-    let code = Code::new(image, FUEL);
+    let code = Code::new(image, fuel);
     let mut paint = Paint { owners: vec![None; image.len()], labels: Vec::new() };
     paint_code(&mut paint, &code, rom, survey);
+    let cut_short = !code.follow();
     paint_structures(&mut paint, rom);
     paint_rest(&mut paint, image);
     let mut spans: Vec<Span> = Vec::new();
@@ -181,7 +195,7 @@ pub fn map(rom: &Rom, survey: &Survey) -> Vec<Span> {
             _ => spans.push(Span { start: place, end: place + 1, kind, label: label.to_owned() }),
         }
     }
-    spans
+    Map { spans, cut_short }
 }
 
 fn paint_code(paint: &mut Paint, code: &Code<'_>, rom: &Rom, survey: &Survey) {
@@ -638,7 +652,18 @@ mod tests {
 
     fn mapped(image: &[u8]) -> Vec<Span> {
         let rom = Rom::parse(image).expect("a ROM");
-        map(&rom, &survey(&rom, HIGH_BASE).expect("of revision 3.0"))
+        let map = map(&rom, &survey(&rom, HIGH_BASE).expect("of revision 3.0"));
+        assert!(!map.cut_short);
+        map.spans
+    }
+
+    #[test]
+    fn a_budget_that_runs_out_is_said() {
+        let rom = Rom::parse(&Sample::new().build()).expect("a ROM");
+        let survey = survey(&rom, HIGH_BASE).expect("of revision 3.0");
+        let map = map_within(&rom, &survey, 100);
+        assert!(map.cut_short);
+        is_whole(&map.spans, rom.image().len());
     }
 
     #[track_caller]

@@ -11,6 +11,10 @@ use std::process::ExitCode;
 /// What Linux adds to a physical address.
 const KERNEL_OFFSET: u64 = 0xc000_0000;
 
+/// What stands behind a map's title if not all code could be followed.
+const MAP_CUT_SHORT: &str =
+    ": cut short, the budget did not suffice for all code, and more of the bytes may be in use";
+
 /// Shows a ROM's header and call table, found by executing the ROM's own code
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -126,7 +130,9 @@ fn look(args: &Args) -> Result<String> {
 fn draw(args: &Args, found: &Found, file: &Path) -> Result<String> {
     let mut maps = Vec::new();
     for rom in &found.roms {
-        maps.push((rom.origin.to_string(), map::map(&rom.rom, &facts(args, rom)?)));
+        let map = map::map(&rom.rom, &facts(args, rom)?);
+        let remark = if map.cut_short { MAP_CUT_SHORT } else { "" };
+        maps.push((format!("{}{remark}", rom.origin), map.spans));
     }
     // A file has no addresses; what lies in the area is known of a dump or a machine.
     let placed = |physical: Option<u64>, length: usize, label: String| {
