@@ -8,13 +8,16 @@
 mod container;
 mod dev_mem;
 mod gdb;
+mod kernel;
 mod qmp;
 mod scan;
 #[cfg(test)]
 mod tests;
+mod unpack;
 mod wire;
 
 pub use dev_mem::DevMemError;
+pub use unpack::{Compression, LARGEST_UNPACKED};
 pub use wire::WireError;
 
 use super::rom::{ReadError, Rom};
@@ -44,7 +47,7 @@ pub const LARGEST_OBJECT: u64 = 256 << 20;
 /// What to look at. Without one of the options a file is read.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub struct SourceArgs {
-    /// A ROM, a memory dump, or an ELF object, static library or kernel that carries a ROM
+    /// A ROM, a memory dump, or an ELF object, static library or kernel that carries a ROM; unpacked if need be
     #[arg(required_unless_present_any = ["qmp", "gdb", "dev_mem"])]
     pub file: Option<PathBuf>,
 
@@ -107,8 +110,15 @@ pub struct Origin {
     /// The symbol that names the place.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub symbol: Option<String>,
-    /// Offset in the section, if there is one, or else in the member, the file or the area that was read.
+    /// The compression that was undone, of the file or of what a kernel's image carries.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unpacked: Option<Compression>,
+    /// Offset in the section, if there is one, or else in the member, the file, what was unpacked or the area that
+    /// was read.
     pub offset: u64,
+    /// Offset in the file itself, unless the bytes come from a machine or were unpacked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub file_offset: Option<u64>,
     /// Physical address, where it is known.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub physical: Option<u64>,
@@ -123,11 +133,20 @@ impl Origin {
             None => self.place.clone(),
         }
     }
+
+    /// Whether the ROM is a file of its own: then its place says nothing beyond the name.
+    #[must_use]
+    pub fn is_whole_file(&self) -> bool {
+        *self == Self { place: self.place.clone(), file_offset: Some(0), ..Self::default() }
+    }
 }
 
 impl fmt::Display for Origin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.place)?;
+        if let Some(compression) = self.unpacked {
+            write!(f, ", unpacked from {compression}")?;
+        }
         if let Some(member) = &self.member {
             write!(f, ", member {member}")?;
         }
@@ -268,6 +287,24 @@ pub enum SourceError {
         /// What is wrong.
         reason: String,
     },
+    /// Compressed in a way that is not undone here.
+    #[error("{place}: compressed with {compression}, which is not unpacked here: unpack it first")]
+    Packed {
+        /// The file.
+        place: String,
+        /// The compression.
+        compression: Compression,
+    },
+    /// Compressed bytes that become too many.
+    #[error(
+        "{place}: {compression} data that unpacks to more than {LARGEST_UNPACKED} bytes, which is as much as is read"
+    )]
+    Bomb {
+        /// The file.
+        place: String,
+        /// The compression.
+        compression: Compression,
+    },
     /// No VMI ROM where one should be.
     #[error("{place}: {reason}")]
     NotARom {
@@ -361,7 +398,17 @@ impl SourceArgs {
         } else {
             return self.in_file(self.file.as_deref().unwrap_or(Path::new("")));
         };
-        self.in_dump(&place, &mut io::Cursor::new(memory), Some(MACHINE_AREA.start))
+        let found = self.in_dump(&place, &mut io::Cursor::new(memory), Some(MACHINE_AREA.start))?;
+        Ok(found.not_in_file(None))
+    }
+
+    /// The same for bytes in memory, as if they were a file's.
+    ///
+    /// # Errors
+    ///
+    /// The bytes hold no VMI ROM.
+    pub fn find_in(&self, place: &str, bytes: &[u8]) -> Result<Found, SourceError> {
+        self.in_bytes(place, &mut io::Cursor::new(bytes))
     }
 
     fn in_file(&self, path: &Path) -> Result<Found, SourceError> {
@@ -372,31 +419,43 @@ impl SourceArgs {
         if !data.is_file() {
             // A pipe cannot be read twice, and its length is not known.
             let bytes = whole(&mut file, u64::MAX, &place)?;
-            return self.in_bytes(&place, &mut io::Cursor::new(bytes));
+            return self.find_in(&place, &bytes);
         }
         self.in_bytes(&place, &mut file)
     }
 
     fn in_bytes<R: Read + Seek>(&self, place: &str, reader: &mut R) -> Result<Found, SourceError> {
+        let (head, length) = head(reader, place)?;
+        if let Some(compression) = Compression::of_file(&head) {
+            let bytes = unpack::unpack(compression, &whole(reader, length, place)?, place)?;
+            // What is in it may be a kernel, compressed in itself; that is as deep as it goes.
+            let found = self.in_plain(place, &mut io::Cursor::new(bytes))?;
+            return Ok(found.not_in_file(Some(compression)));
+        }
+        self.in_plain(place, reader)
+    }
+
+    /// Looks at bytes that are not compressed as a whole.
+    fn in_plain<R: Read + Seek>(&self, place: &str, reader: &mut R) -> Result<Found, SourceError> {
+        let unreadable = |source| SourceError::Read { place: place.to_owned(), source };
+        let (head, length) = head(reader, place)?;
         if self.base.is_some() {
             return self.in_dump(place, reader, self.base);
         }
-        let unreadable = |source| SourceError::Read { place: place.to_owned(), source };
-        let mut magic = Vec::new();
-        reader.take(8).read_to_end(&mut magic).map_err(unreadable)?;
-        let length = reader.seek(SeekFrom::End(0)).map_err(unreadable)?;
-        reader.rewind().map_err(unreadable)?;
-        if magic.starts_with(container::ELF) {
+        if head.starts_with(container::ELF) {
             if let Some(segments) = container::core_segments(reader, place)? {
                 return self
                     .chosen(place, scan::core(reader, place, &segments).map_err(unreadable)?);
             }
             let bytes = whole(reader, length, place)?;
             self.chosen(place, container::elf(&bytes, place))
-        } else if container::is_library(&magic) {
+        } else if container::is_library(&head) {
             let bytes = whole(reader, length, place)?;
             let found = container::library(&bytes, place)?;
             self.chosen(place, found)
+        } else if kernel::is_kernel(&head) {
+            let bytes = whole(reader, length, place)?;
+            self.chosen(place, kernel::search(&bytes, place)?)
         } else {
             self.in_dump(place, reader, None)
         }
@@ -420,6 +479,7 @@ impl SourceArgs {
             let origin = Origin {
                 place: place.to_owned(),
                 offset,
+                file_offset: Some(offset),
                 physical: base.map(|_| at),
                 ..Origin::default()
             };
@@ -436,7 +496,8 @@ impl SourceArgs {
         {
             // Nothing but this ROM, right or wrong: its size is then one of the things to judge.
             let bytes = some(reader, 0).map_err(unreadable)?;
-            let origin = Origin { place: place.to_owned(), ..Origin::default() };
+            let origin =
+                Origin { place: place.to_owned(), file_offset: Some(0), ..Origin::default() };
             let rom = Rom::parse(&bytes)
                 .map_err(|reason| SourceError::NotARom { place: place.to_owned(), reason })?;
             let rom = Candidate { rom, origin, remarks: Vec::new() };
@@ -478,14 +539,27 @@ impl SourceArgs {
     }
 }
 
+impl Found {
+    /// For bytes that were read from a machine or unpacked: no offset is one in a file.
+    fn not_in_file(mut self, compression: Option<Compression>) -> Self {
+        for rom in &mut self.roms {
+            rom.origin.file_offset = None;
+            // What a kernel's image carries was unpacked last, and offsets count in that.
+            rom.origin.unpacked = rom.origin.unpacked.or(compression);
+        }
+        self
+    }
+}
+
 impl Candidate {
     /// Takes as many bytes as the length byte claims.
     fn cut(bytes: &[u8], origin: Origin) -> Result<Self, ReadError> {
         let claimed = claimed(bytes);
         let mut remarks = Vec::new();
         let length = if claimed == 0 {
-            remarks.push(format!("the length byte is 0: {} bytes are taken", bytes.len()));
-            bytes.len()
+            let length = bytes.len().min(LONGEST_ROM);
+            remarks.push(format!("the length byte is 0: {length} bytes are taken"));
+            length
         } else {
             claimed
         };
@@ -528,6 +602,16 @@ fn is_single(found: &Found) -> bool {
     roms.len() <= 1
         && roms.iter().all(|rom| rom.origin.offset == 0)
         && others.iter().all(|other| other.offset == 0 || other.offset < extent)
+}
+
+/// The first bytes, which tell what a file is, and how many there are; the reader is where it was.
+fn head<R: Read + Seek>(reader: &mut R, place: &str) -> Result<(Vec<u8>, u64), SourceError> {
+    let unreadable = |source| SourceError::Read { place: place.to_owned(), source };
+    let mut head = Vec::new();
+    reader.take(kernel::HEAD).read_to_end(&mut head).map_err(unreadable)?;
+    let length = reader.seek(SeekFrom::End(0)).map_err(unreadable)?;
+    reader.rewind().map_err(unreadable)?;
+    Ok((head, length))
 }
 
 /// As much from an offset on as a ROM can have.

@@ -192,10 +192,7 @@ fn one_call(args: &Args, facts: &Survey, wanted: &str) -> Result<String> {
 pub(super) fn heading(found: &Found, rom: &Candidate) -> String {
     let Candidate { origin, remarks, .. } = rom;
     let alone = found.roms.len() == 1 && found.others.is_empty();
-    if alone
-        && *origin == (Origin { place: origin.place.clone(), ..Origin::default() })
-        && remarks.is_empty()
-    {
+    if alone && origin.is_whole_file() && remarks.is_empty() {
         return String::new();
     }
     let mut text = format!("{}{origin}{}\n", HEAD.render(), HEAD.render_reset());

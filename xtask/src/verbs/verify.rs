@@ -56,7 +56,7 @@ impl Format {
         let files: Vec<String> = found.roms.iter().map(|rom| rom.origin.file()).collect();
         let judged = files.iter().zip(&found.roms).zip(reports);
         let judged: Vec<Judged<'_>> = judged
-            .map(|((source, rom), report)| Judged { source, start: rom.origin.offset, report })
+            .map(|((source, rom), report)| Judged { source, origin: &rom.origin, report })
             .collect();
         Ok(match self {
             Self::Text => text(found, reports),

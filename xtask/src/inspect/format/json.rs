@@ -49,7 +49,7 @@ pub fn json(verdicts: &[Judged<'_>]) -> serde_json::Result<String> {
         .iter()
         .map(|judged| RomVerdict {
             source: judged.source,
-            start: judged.start,
+            start: judged.start(),
             clean: judged.report.is_clean(),
             violations: judged.report.violations.iter().map(broken).collect(),
             notes: &judged.report.notes,

@@ -20,7 +20,7 @@ pub fn junit(verdicts: &[Judged<'_>]) -> Result<String, quick_junit::SerializeEr
 }
 
 fn suite(judged: &Judged<'_>) -> TestSuite {
-    let name = match judged.start {
+    let name = match judged.start() {
         0 => judged.source.to_owned(),
         start => format!("{} at {start:X}h", judged.source),
     };

@@ -11,16 +11,24 @@ pub use junit::junit;
 pub use sarif::sarif;
 
 use super::rules::{Report, Rule, Violation};
+use super::source::Origin;
 
 /// A verdict and where the ROM was found.
 #[derive(Clone, Copy, Debug)]
 pub struct Judged<'a> {
-    /// The file, or whatever the ROM came from.
+    /// The file with the member of a library, or whatever the ROM came from.
     pub source: &'a str,
-    /// Offset of the ROM in it.
-    pub start: u64,
+    /// Where in it the ROM was found.
+    pub origin: &'a Origin,
     /// The verdict.
     pub report: &'a Report,
+}
+
+impl Judged<'_> {
+    /// Offset of the ROM in the file; in what was read or unpacked, if there is none in the file.
+    fn start(&self) -> u64 {
+        self.origin.file_offset.unwrap_or(self.origin.offset)
+    }
 }
 
 /// What a violation is in, as a reader knows it: `call 30 DisableInterrupts`, `image`.

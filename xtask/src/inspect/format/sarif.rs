@@ -68,24 +68,30 @@ fn result(judged: &Judged<'_>, found: &Violation) -> Value {
     // GitHub shows nothing without a line; a binary has one, as it were. Text and binary properties
     // of a region are independent of each other (SARIF 3.30.4).
     let mut region = json!({ "startLine": 1 });
-    if let Some(offset) = found.offset {
-        region["byteOffset"] = json!(judged.start + offset as u64);
+    // Bytes that were unpacked, or read from a machine, have no offset in the file.
+    if let (Some(start), Some(offset)) = (judged.origin.file_offset, found.offset) {
+        region["byteOffset"] = json!(start + offset as u64);
         region["byteLength"] = json!(1);
     }
     if let Some(instruction) = &found.instruction {
         region["snippet"] = json!({ "text": instruction });
     }
     let kind = if found.call.is_some() { "function" } else { "module" };
+    let mut physical_location = json!({
+        "artifactLocation": { "uri": uri(judged.source) },
+        "region": region,
+    });
+    if let (Some(start), Some(offset)) = (judged.origin.physical, found.offset) {
+        physical_location["address"] =
+            json!({ "absoluteAddress": start.wrapping_add(offset as u64) });
+    }
     json!({
         "ruleId": found.rule.name(),
         "ruleIndex": rule_index,
         "level": if is_undecided(found) { "warning" } else { "error" },
         "message": { "text": sentence(found) },
         "locations": [{
-            "physicalLocation": {
-                "artifactLocation": { "uri": uri(judged.source) },
-                "region": region,
-            },
+            "physicalLocation": physical_location,
             "logicalLocations": [{
                 "name": found.subject,
                 "fullyQualifiedName": place(found),

@@ -3,6 +3,7 @@
 use super::*;
 use crate::inspect::samples::Sample;
 use crate::inspect::slot_samples::Slots;
+use crate::inspect::source::Compression;
 use crate::inspect::{Rom, verify};
 use iced_x86::code_asm::*;
 use serde_json::Value;
@@ -26,6 +27,11 @@ fn broken() -> Report {
     report
 }
 
+/// A place in a file.
+fn at(offset: u64) -> Origin {
+    Origin { file_offset: Some(offset), ..Origin::default() }
+}
+
 fn clean() -> Report {
     verify(&Rom::parse(&Sample::new().build()).expect("a ROM"))
 }
@@ -38,8 +44,8 @@ fn text<'a>(value: &'a Value, pointer: &str) -> &'a str {
 fn sarif_can_be_read_back() {
     let (broken, clean) = (broken(), clean());
     let verdicts = [
-        Judged { source: "a b.rom", start: 0x1000, report: &broken },
-        Judged { source: "good.rom", start: 0, report: &clean },
+        Judged { source: "a b.rom", origin: &at(0x1000), report: &broken },
+        Judged { source: "good.rom", origin: &at(0), report: &clean },
     ];
     let document: Value = serde_json::from_str(&sarif(&verdicts).expect("text")).expect("JSON");
     assert_eq!(text(&document, "/version"), "2.1.0");
@@ -65,6 +71,25 @@ fn sarif_can_be_read_back() {
         let wanted = violation.offset.map(|offset| 0x1000 + offset as u64);
         assert_eq!(offset.and_then(Value::as_u64), wanted);
     }
+    let elsewhere = [
+        Origin { offset: 0x40, physical: Some(0xc_8000), ..Origin::default() },
+        Origin { offset: 12, section: Some(".vmi".into()), ..at(0x2000) },
+        Origin { offset: 12, unpacked: Some(Compression::Gzip), ..Origin::default() },
+    ];
+    let wanted = [(None, Some(0xc_8000)), (Some(0x2000), None), (None, None)];
+    for (origin, (in_file, physical)) in elsewhere.iter().zip(wanted) {
+        let verdicts = [Judged { source: "x", origin, report: &broken }];
+        let document: Value = serde_json::from_str(&sarif(&verdicts).expect("text")).expect("JSON");
+        let number = |place: &str| {
+            let path = format!("/runs/0/results/1/locations/0/physicalLocation/{place}");
+            document.pointer(&path).and_then(Value::as_u64)
+        };
+        let offset = broken.violations[1].offset.map(|offset| offset as u64);
+        let sum = |start: Option<u64>| start.zip(offset).map(|(start, offset)| start + offset);
+        assert!(offset.is_some());
+        assert_eq!(number("region/byteOffset"), sum(in_file), "{origin}");
+        assert_eq!(number("address/absoluteAddress"), sum(physical), "{origin}");
+    }
     let levels: Vec<_> = results.iter().map(|result| text(result, "/level")).collect();
     assert_eq!(levels, ["error", "warning", "error"]);
     let prints: std::collections::BTreeSet<_> = results
@@ -83,8 +108,8 @@ fn sarif_can_be_read_back() {
 fn junit_can_be_read_back() {
     let (broken, clean) = (broken(), clean());
     let verdicts = [
-        Judged { source: "a <b>.rom", start: 0x1000, report: &broken },
-        Judged { source: "good.rom", start: 0, report: &clean },
+        Judged { source: "a <b>.rom", origin: &at(0x1000), report: &broken },
+        Judged { source: "good.rom", origin: &at(0), report: &clean },
     ];
     let document = quick_junit::Report::deserialize_from_str(&junit(&verdicts).expect("text"))
         .expect("JUnit XML");
@@ -110,8 +135,8 @@ fn junit_can_be_read_back() {
 fn json_can_be_read_back() {
     let (broken, clean) = (broken(), clean());
     let verdicts = [
-        Judged { source: "bad.rom", start: 0, report: &broken },
-        Judged { source: "good.rom", start: 0, report: &clean },
+        Judged { source: "bad.rom", origin: &at(0), report: &broken },
+        Judged { source: "good.rom", origin: &at(0), report: &clean },
     ];
     let document: Value = serde_json::from_str(&json(&verdicts).expect("text")).expect("JSON");
     assert_eq!(document["version"], SCHEMA_VERSION);
@@ -161,7 +186,7 @@ fn what_does_not_apply_is_told_in_each_form() {
 #[test]
 fn nothing_to_tell_is_told_in_each_form() {
     let empty = Report::default();
-    let verdicts = [Judged { source: "", start: 0, report: &empty }];
+    let verdicts = [Judged { source: "", origin: &at(0), report: &empty }];
     for verdicts in [&verdicts[..], &[]] {
         assert!(serde_json::from_str::<Value>(&sarif(verdicts).expect("text")).is_ok());
         assert!(serde_json::from_str::<Value>(&json(verdicts).expect("text")).is_ok());

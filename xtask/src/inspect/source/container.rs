@@ -78,8 +78,12 @@ pub(super) fn library(bytes: &[u8], place: &str) -> Result<Found, SourceError> {
         let name = String::from_utf8_lossy(member.name()).into_owned();
         let data =
             member.data(bytes).map_err(|error| damaged(format!("member {name}: {error}")))?;
-        let origin =
-            Origin { place: place.to_owned(), member: Some(name.clone()), ..Origin::default() };
+        let origin = Origin {
+            place: place.to_owned(),
+            member: Some(name.clone()),
+            file_offset: Some(member.file_range().0),
+            ..Origin::default()
+        };
         search(data, &origin, &mut found);
         last = format!("member {name}");
     }
@@ -89,7 +93,8 @@ pub(super) fn library(bytes: &[u8], place: &str) -> Result<Found, SourceError> {
 /// The ROMs of an ELF file.
 pub(super) fn elf(bytes: &[u8], place: &str) -> Found {
     let mut found = Found::default();
-    search(bytes, &Origin { place: place.to_owned(), ..Origin::default() }, &mut found);
+    let origin = Origin { place: place.to_owned(), file_offset: Some(0), ..Origin::default() };
+    search(bytes, &origin, &mut found);
     found
 }
 
@@ -112,7 +117,11 @@ fn search(bytes: &[u8], origin: &Origin, found: &mut Found) {
         }
         let parsed = parsed.get_or_insert_with(|| object::File::parse(bytes));
         let is_elf = bytes.starts_with(ELF);
-        let mut origin = Origin { offset: at as u64, ..origin.clone() };
+        let mut origin = Origin {
+            offset: at as u64,
+            file_offset: origin.file_offset.map(|start| start + at as u64),
+            ..origin.clone()
+        };
         let mut remarks = Vec::new();
         let mut rest = &bytes[at..];
         match parsed {

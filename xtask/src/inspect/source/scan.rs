@@ -124,6 +124,7 @@ impl Search<'_> {
             let origin = Origin {
                 place: self.place.to_owned(),
                 offset: offset_in_file,
+                file_offset: Some(offset_in_file),
                 physical,
                 ..Origin::default()
             };
