@@ -6,10 +6,14 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 use vmi_abi::header::{LENGTH_UNIT, checksum};
 use xtask::inspect::random::Random;
+use xtask::inspect::source::{Compression, SourceArgs};
 use xtask::inspect::{HIGH_BASE, Rom, Rule, hostile, report, survey, verify};
 
 /// Changed copies of each file for the parsers, which are quick.
-const PARSED: u64 = 200;
+const PARSED: u64 = 260;
+
+/// Changed copies of each file that may carry a ROM; some are unpacked each time.
+const SEARCHED: u64 = 240;
 
 /// Changed copies of each file for the machine.
 const EXECUTED: u64 = 100;
@@ -76,17 +80,78 @@ fn hold(name: &str, bytes: &[u8], target: impl Fn(&[u8]) + std::panic::RefUnwind
 }
 
 fn each(part: &str, copies: u64, target: impl Fn(&[u8]) + std::panic::RefUnwindSafe) {
-    for (name, bytes) in corpus(part) {
-        hold(&name, &bytes, &target);
+    let files = corpus(part);
+    for (name, bytes) in &files {
+        hold(name, bytes, &target);
         for seed in 0..copies {
-            hold(&format!("{name}, changed by seed {seed}"), &changed(&bytes, seed), &target);
+            hold(&format!("{name}, changed by seed {seed}"), &changed(bytes, seed), &target);
         }
     }
+    let executions = files.len() as u64 * (1 + copies);
+    println!(
+        "{executions} executions: {} files of {part}, {copies} changed copies each",
+        files.len()
+    );
 }
 
 #[test]
 fn structures_of_any_bytes() {
     each("rom", PARSED, hostile::parse);
+}
+
+#[test]
+fn any_file_is_searched() {
+    each("sources", SEARCHED, hostile::sources);
+}
+
+/// The seeds were made by the tools that make such files: `as`, `ar`, `gzip`, `xz` with its filter for x86, `lzma`,
+/// `zstd`.
+#[test]
+fn every_kind_of_file_gives_the_image() {
+    let files = corpus("sources");
+    let image = fs::read(
+        PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus/rom/good-native.rom"),
+    );
+    let image = image.expect("one of the project's own images");
+    let unpacked = |compression| (compression, None);
+    let kinds = [
+        ("dump", (None, Some(0x800)), 1),
+        ("row", (None, Some(0x200)), 2),
+        ("object-32.o", (None, Some(0x41)), 1),
+        ("object-64.o", (None, Some(0x4d)), 1),
+        ("library.a", (None, None), 1),
+        ("program", (None, None), 1),
+        ("unfinished.o", (None, None), 1),
+        ("core-32", (None, Some(0x800)), 2),
+        ("core-64", (None, Some(0x800)), 1),
+        ("kernel-plain", (None, None), 1),
+        ("kernel-gzip", unpacked(Some(Compression::Gzip)), 1),
+        ("kernel-2.05", unpacked(Some(Compression::Gzip)), 1),
+        ("kernel-xz", unpacked(Some(Compression::Xz)), 1),
+        ("kernel-lzma", unpacked(Some(Compression::Lzma)), 1),
+        ("kernel-zstd", unpacked(Some(Compression::Zstd)), 1),
+        ("kernel.gz", unpacked(Some(Compression::Xz)), 1),
+        ("rom.gz", unpacked(Some(Compression::Gzip)), 1),
+        ("dump.zst", unpacked(Some(Compression::Zstd)), 1),
+        ("object.o.xz", unpacked(Some(Compression::Xz)), 1),
+    ];
+    for (kind, (compression, place), count) in kinds {
+        let ends = |path: &str| path.rsplit('/').next() == Some(kind);
+        let (name, bytes) = files.iter().find(|(path, _)| ends(path)).expect(kind);
+        let found = SourceArgs::default().find_in(name, bytes).expect(kind);
+        assert_eq!(found.roms.len(), count, "{kind}");
+        let rom = &found.roms[0];
+        assert!(rom.rom.file() == image, "{kind}: other bytes");
+        assert_eq!(rom.origin.unpacked, compression, "{kind}");
+        if let Some(place) = place {
+            assert_eq!(rom.origin.file_offset, Some(place), "{kind}");
+        }
+    }
+    for (kind, words) in [("kernel-lz4", "with lz4"), ("kernel-bzip2", "with bzip2")] {
+        let (name, bytes) = files.iter().find(|(path, _)| path.ends_with(kind)).expect(kind);
+        let error = SourceArgs::default().find_in(name, bytes).expect_err(kind).to_string();
+        assert!(error.contains(words), "{error}");
+    }
 }
 
 #[test]

@@ -8,6 +8,7 @@ use super::machine::registers::FREE;
 use super::machine::{Code, Machine, Memory, Region, Registers};
 use super::random::Random;
 use super::rules::{Rule, verify_within};
+use super::source::{LONGEST_ROM, MOST_OTHERS, MOST_ROMS, SourceArgs};
 use super::survey::survey_within;
 use super::{HIGH_BASE, LOW_BASE, Rom, report};
 use iced_x86::Register;
@@ -139,4 +140,41 @@ pub fn machine(bytes: &[u8]) {
     assert!(trace.breaches.len() <= 512 && trace.events.len() <= 256);
     assert!(machine.stack_depth() <= 0x400);
     assert!(trace.breaches.iter().all(|(_, breach)| !breach.to_string().is_empty()));
+}
+
+/// Any bytes as a file: dump, object, library, core dump, kernel, compressed.
+///
+/// # Panics
+///
+/// More is kept than the limits allow, or a place is not where the ROM's bytes are.
+pub fn sources(bytes: &[u8]) {
+    for (base, rom, at) in [
+        (None, None, None),
+        (Some(0xc_0400), None, None),
+        (None, Some(2), None),
+        (Some(u64::MAX - 0xfff), None, Some(u64::MAX - 0x7ff)),
+    ] {
+        let args = SourceArgs { base, rom, at, ..SourceArgs::default() };
+        let found = match args.find_in("file", bytes) {
+            Ok(found) => found,
+            Err(error) => {
+                assert!(error.to_string().starts_with("file"), "{error}");
+                continue;
+            }
+        };
+        assert!((1..=MOST_ROMS).contains(&found.roms.len()) && found.others.len() <= MOST_OTHERS);
+        assert!(rom.is_none() && at.is_none() || found.roms.len() == 1);
+        for rom in &found.roms {
+            let (image, origin) = (rom.rom.file(), &rom.origin);
+            assert!(image.len() <= LONGEST_ROM);
+            assert!(origin.to_string().starts_with("file"));
+            // Lengths and checksums may have been set, but not the signature.
+            if let Some(offset) = origin.file_offset {
+                let there = bytes.get(offset as usize..).unwrap_or_default();
+                assert!(there.starts_with(&image[..2]), "{origin}: another place");
+            }
+            assert!(origin.file_offset.is_some() || origin.unpacked.is_some());
+        }
+        assert!(found.others.iter().all(|other| !other.to_string().is_empty()));
+    }
 }
