@@ -1,19 +1,30 @@
 //! `cargo xtask diff`: two ROMs compared by what they mean.
 
 use crate::inspect::difference::{difference, text};
+use crate::inspect::source::{Candidate, SourceArgs};
 use crate::inspect::{HIGH_BASE, Rom};
-use anyhow::{Context, Result};
-use std::path::{Path, PathBuf};
+use anyhow::{Context, Result, bail};
+use clap::{Args as _, FromArgMatches};
+use std::ffi::OsString;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 /// Compares two ROMs by meaning: header, answers, each call's code. Exit 0 if they mean the same, 1 if not, 2 if one cannot be read
+///
+/// The first ROM is named as for `inspect`. The second is a file, or stands behind ` -- ` with options of its own:
+/// `diff A B`, `diff dump --base C0000h --rom 1 -- dump --base C0000h --rom 2`, `diff A -- --qmp unix:SOCKET`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// A VMI ROM
-    a: PathBuf,
+    #[command(flatten)]
+    a: SourceArgs,
 
-    /// Another
-    b: PathBuf,
+    /// The other file, if neither has options
+    #[arg(required_unless_present = "other", conflicts_with_all = ["base", "rom", "at", "machine"])]
+    b: Option<PathBuf>,
+
+    /// The other file or machine, with its own options as the first one has them
+    #[arg(last = true, value_name = "OTHER", conflicts_with = "b")]
+    other: Vec<OsString>,
 
     /// Print JSON; its `version` field rises when a field changes its meaning
     #[arg(long)]
@@ -39,18 +50,36 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 }
 
 fn compare(args: &Args) -> Result<(String, bool)> {
-    let (a, b) = (read(&args.a)?, read(&args.b)?);
+    let other = match &args.b {
+        Some(file) => SourceArgs::of_file(file),
+        None => parsed(&args.other)?,
+    };
+    let ((first, a), (second, b)) = (read(&args.a)?, read(&other)?);
     let found = difference(&a, &b, HIGH_BASE)?;
-    let names = [args.a.to_string_lossy(), args.b.to_string_lossy()];
     let text = if args.json {
         serde_json::to_string_pretty(&found)? + "\n"
     } else {
-        text(&found, [&names[0], &names[1]])
+        text(&found, [&first, &second])
     };
     Ok((text, found.same))
 }
 
-fn read(file: &Path) -> Result<Rom> {
-    let bytes = std::fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
-    Rom::parse(&bytes).with_context(|| file.display().to_string())
+/// What stands behind ` -- `, read as in front of it.
+fn parsed(words: &[OsString]) -> Result<SourceArgs> {
+    let command = SourceArgs::augment_args(clap::Command::new("OTHER").no_binary_name(true));
+    let matches = command.try_get_matches_from(words).context("behind ` -- `")?;
+    Ok(SourceArgs::from_arg_matches(&matches)?)
+}
+
+/// The one ROM that is meant, and how to call it.
+fn read(source: &SourceArgs) -> Result<(String, Rom)> {
+    let mut found = source.find()?;
+    let count = found.roms.len();
+    if count > 1 {
+        let places: Vec<String> =
+            found.roms.iter().map(|rom| format!("\n  {}", rom.origin)).collect();
+        bail!("{count} VMI ROMs instead of one: choose with --rom or --at{}", places.concat());
+    }
+    let Candidate { rom, origin, .. } = found.roms.swap_remove(0);
+    Ok((origin.to_string(), rom))
 }
