@@ -418,3 +418,118 @@ proptest! {
         let _ = find(&[&b"\x7fELF\x02\x02\x01"[..], &bytes].concat(), &SourceArgs::default());
     }
 }
+
+#[test]
+fn other_roms_are_listed_by_what_they_are() {
+    // Each a card's ROM, with another type of code; then one with `$PnP` only, one with neither, and one that is
+    // VMI's alone.
+    let card = |code_type: u8| {
+        let mut bytes = other(4);
+        bytes[24] = 0x40;
+        bytes[0x40..0x48].copy_from_slice(b"PCIR\x86\x80\x0e\x10");
+        bytes[0x40 + 20] = code_type;
+        bytes
+    };
+    let mut pnp = other(4);
+    pnp[26] = 0x40;
+    pnp[0x40..0x44].copy_from_slice(b"$PnP");
+    let mut unsigned = vec![0; STEP];
+    unsigned[8..12].copy_from_slice(b"cVmi");
+    let row = [card(0), card(1), card(3), card(7), pnp, other(4), unsigned].concat();
+    let wanted = [
+        "BIOS, PCI device 8086:100e, checksum wrong",
+        "Open Firmware, PCI device 8086:100e, checksum wrong",
+        "EFI, PCI device 8086:100e, checksum wrong",
+        "code type 7, PCI device 8086:100e, checksum wrong",
+        "BIOS, Plug and Play, checksum wrong",
+        "BIOS",
+        "VMI header without 55 AA: no guest finds it",
+    ];
+    for (base, unit) in [(None, "offset "), (Some(0xd_0000), "physical D")] {
+        let args = SourceArgs { base, ..SourceArgs::default() };
+        let text = find(&[row.clone(), vec![0; LONGEST_ROM]].concat(), &args).expect_err("no VMI");
+        let text = text.to_string();
+        let lines: Vec<&str> = text.lines().skip(1).collect();
+        assert_eq!(lines.len(), wanted.len(), "{text}");
+        for (line, words) in lines.iter().zip(wanted) {
+            assert!(line.trim().starts_with(unit) && line.ends_with(words), "{line}: {words}");
+        }
+    }
+}
+
+#[test]
+fn one_rom_is_one() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("file");
+    std::fs::write(&path, sample()).expect("a file");
+    assert_eq!(one(&path).expect("a ROM").file(), sample());
+    std::fs::write(&path, memory()).expect("a file");
+    let several = one(&path).expect_err("two").to_string();
+    assert!(several.ends_with("file: 2 VMI ROMs instead of one"), "{several}");
+}
+
+#[test]
+fn what_is_read_as_a_whole_has_a_limit() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("file");
+    for magic in [&b"\x7fELF\x01\x01\x01"[..], b"!<arch>\n", b"\x1f\x8b\x08"] {
+        std::fs::write(&path, magic).expect("a file");
+        // A hole: nothing of it is on the disk.
+        let file = File::options().write(true).open(&path).expect("a file");
+        file.set_len(LARGEST_OBJECT + 1).expect("a hole");
+        let error = SourceArgs::of_file(&path).find().expect_err("too large").to_string();
+        assert!(
+            error.contains("has 268435457 bytes; objects and libraries are read up to"),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn an_object_says_what_a_verdict_on_it_is_worth() {
+    let mut file = Object::new(BinaryFormat::Elf, Architecture::I386, Endianness::Little);
+    let section = file.add_section(Vec::new(), b".vmi".to_vec(), SectionKind::ReadOnlyData);
+    file.append_section_data(section, &sample(), 4);
+    let symbol = file.section_symbol(section);
+    let relocation = object::write::Relocation {
+        offset: 0x800,
+        symbol,
+        addend: 0,
+        flags: object::RelocationFlags::Elf { r_type: object::elf::R_386_32 },
+    };
+    file.add_relocation(section, relocation).expect("a relocation");
+    let mut bytes = file.write().expect("an object");
+    let remark = |bytes: &[u8]| found(bytes).roms[0].remarks.join("; ");
+    assert_eq!(
+        remark(&bytes),
+        "1 relocations are still to be applied: link the object for a verdict"
+    );
+    // A name beyond the table of names: the section's number is as good.
+    let word =
+        |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("a word")) as usize;
+    let name = word(32) + 40;
+    bytes[name..name + 4].copy_from_slice(&[0xff; 4]);
+    assert_eq!(found(&bytes).roms[0].origin.section.as_deref(), Some("number 1"));
+    // Behind all sections.
+    bytes.extend(sample());
+    let outside = found(&bytes);
+    assert_eq!(outside.roms.len(), 2);
+    assert_eq!(outside.roms[1].remarks, ["the header lies outside of all sections"]);
+    assert_eq!(outside.roms[1].origin.section, None);
+    // More than are kept.
+    bytes.extend(sample()[..STEP].repeat(40));
+    let many = found(&bytes);
+    assert_eq!((many.roms.len(), many.left_out), (MOST_ROMS, 42 - MOST_ROMS as u64));
+}
+
+#[test]
+fn a_length_of_0_takes_what_a_rom_can_have() {
+    let mut bytes = sample();
+    bytes[2] = 0;
+    bytes.resize(LONGEST_ROM + 5000, 0x90);
+    let rom = &find(&bytes, &SourceArgs { base: Some(0xc_0000), ..SourceArgs::default() })
+        .expect("a ROM")
+        .roms[0];
+    assert_eq!(rom.rom.file().len(), LONGEST_ROM);
+    assert_eq!(rom.remarks, ["the length byte is 0: 130560 bytes are taken"]);
+}
