@@ -361,7 +361,7 @@ fn revisions_are_compared_by_name() {
 fn a_map_shows_slots() {
     let image = Slots::new(3).build();
     let rom = Rom::parse(&image).expect("a ROM");
-    let spans = map::map(&rom, &survey(&rom, HIGH_BASE).expect("revision 13.3"));
+    let spans = map::map(&rom, &survey(&rom, HIGH_BASE).expect("revision 13.3")).spans;
     assert_eq!(spans.last().map(|span| span.end), Some(image.len()));
     let at = |offset: usize| spans.iter().find(|span| span.end > offset).expect("a span");
     assert_eq!((at(0x80).kind, at(0x80).label.as_str()), (map::Kind::Init, "Init"));

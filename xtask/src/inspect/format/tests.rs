@@ -155,7 +155,7 @@ fn what_does_not_apply_is_told_in_each_form() {
     let report = verify(&Rom::parse(&Slots::new(0).build()).expect("a ROM"));
     let skipped: Vec<&str> = report.not_applicable.iter().map(|s| s.rule.name()).collect();
     assert_eq!(skipped.len(), 6);
-    let verdicts = [Judged { source: "slots.rom", start: 0, report: &report }];
+    let verdicts = [Judged { source: "slots.rom", origin: &at(0), report: &report }];
 
     let document: Value = serde_json::from_str(&json(&verdicts).expect("text")).expect("JSON");
     let told = document.pointer("/roms/0/not_applicable").and_then(Value::as_array);
