@@ -33,7 +33,7 @@ pub use contract::{
     Slot,
 };
 pub use header::RomHeader;
-pub use relocation::{RelocationInfo, RelocationType};
+pub use relocation::{KEEP_SITE, RelocationInfo, RelocationType};
 
 /// The interface revision that Linux 2.6.21 to 2.6.36 accepts: the major exactly, the minor or more.
 pub const REVISION_3_0: Revision = Revision { major: 3, minor: 0 };

@@ -6,6 +6,13 @@ use static_assertions::const_assert_eq;
 use zerocopy::little_endian::U32;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+/// Added to a call's number, asks `get_reloc` for code that never changes the site it is called from.
+///
+/// An extension of this project: a ROM may put a call's native instructions over the site, and a
+/// guest that does not want it asks in this way. A ROM that does not know the bit answers NONE, as
+/// to any number beyond the last.
+pub const KEEP_SITE: u32 = 1 << 31;
+
 /// How the guest is to reach a call.
 #[derive(
     Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,

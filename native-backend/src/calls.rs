@@ -25,12 +25,61 @@ macro_rules! routines {
     )* };
 }
 
+/// Defines naked routines for calls whose native code is no longer than the instruction that calls
+/// them: in brackets what only a call needs, the code, behind a semicolon what brings a call back.
+///
+/// In an image that rewrites sites each begins with what tries that, [`SHORT_PLAIN`] bytes of it.
+///
+/// [`SHORT_PLAIN`]: crate::binding::SHORT_PLAIN
+#[cfg(feature = "rewrite-sites")]
+macro_rules! short_routines {
+    ($(
+        $(#[$attribute:meta])*
+        $name:ident { $([$before:literal])? $($code:literal),+ $(; $end:literal)? }
+    )*) => { routines! { $(
+        $(#[$attribute])*
+        $name {
+            "pushfd",
+            "cli",
+            "call {rewrite_site}",
+            ".byte {holder}, 4f - 3f, 4f - 3f + {jump}, 3f - 2f, 0", // With a site::Record.
+            "popfd",
+            "2:",
+            $($before,)?
+            "3:",
+            $($code,)+
+            "4:",
+            $($end,)?
+            rewrite_site = sym crate::calls::site::rewrite_site,
+            holder = const crate::calls::site::HOLDER,
+            jump = const short_routines!(@jump $($end)?),
+        }
+    )* } };
+    // Bytes of a jump over what is left of the site; nothing comes back to it where nothing returns.
+    (@jump) => { 0 };
+    (@jump $end:literal) => { 2 };
+}
+
+/// The same without rewriting: the code alone.
+#[cfg(not(feature = "rewrite-sites"))]
+macro_rules! short_routines {
+    ($(
+        $(#[$attribute:meta])*
+        $name:ident { $([$before:literal])? $($code:literal),+ $(; $end:literal)? }
+    )*) => { routines! { $(
+        $(#[$attribute])*
+        $name { $($before,)? $($code,)+ $($end,)? }
+    )* } };
+}
+
 mod descriptor;
 mod interrupt;
 mod memory;
 mod port;
 mod power;
 mod processor;
+#[cfg(feature = "rewrite-sites")]
+mod site;
 
 pub use descriptor::*;
 pub use interrupt::*;
@@ -38,6 +87,8 @@ pub use memory::*;
 pub use port::*;
 pub use power::*;
 pub use processor::*;
+#[cfg(feature = "rewrite-sites")]
+pub use site::rewrite_site;
 
 routines! {
     /// Whether the native backend can run here: EAX = 0 in ring 0, the ring elsewhere.

@@ -1,7 +1,8 @@
 //! The code that the BIOS runs at POST.
 //!
 //! It says who is there, on the screen and on the debug port, and leaves. The native image needs no
-//! memory, so it allocates none; it writes nothing into itself, so its checksum stays right.
+//! memory, so it allocates none. What an image that rewrites call sites must know of the machine is
+//! found out here too, and written into the image while its memory can still be written.
 
 #![expect(unsafe_code, reason = "UNSAFETY: `global_asm!` with symbols")]
 
@@ -16,6 +17,14 @@ const SEABIOS_DEBUG_PORT: u16 = 0x402;
 /// BIOS video service: write a character as a terminal does.
 const TELETYPE: u8 = 0x0e;
 
+/// What else there is to do at POST, with DS = CS. May change every general register.
+#[cfg(not(feature = "rewrite-sites"))]
+macro_rules! look_at_the_machine {
+    () => {
+        ""
+    };
+}
+
 global_asm!(
     ".pushsection .rom.entry, \"ax\", @progbits",
     ".code16",
@@ -28,6 +37,7 @@ global_asm!(
     "pushw %cs",
     "popw %ds",
     "cld",
+    look_at_the_machine!(),
     "callw put_string",
     concat!(".asciz \"VMI ROM ", env!("CARGO_PKG_VERSION"), ": interface 3.0, native backend, at \""),
 

@@ -4,6 +4,7 @@
 //!
 //! - `header`: the structures and strings that firmware and guest read,
 //! - `entry`: the 16-bit code that the BIOS runs at POST,
+//! - `processors`: the part of it that finds out whether call sites may be rewritten,
 //! - `table`: `vmi_init`, `get_reloc` and its table, made from the declaration of the calls.
 //!
 //! This crate alone picks backends. `cargo xtask build` links it, cuts out the bytes, pads them and
@@ -11,6 +12,9 @@
 
 #![cfg_attr(target_os = "none", no_std, no_main)]
 
+#[cfg(all(target_os = "none", feature = "rewrite-sites"))]
+#[macro_use]
+mod processors;
 #[cfg(target_os = "none")]
 mod entry;
 #[cfg(target_os = "none")]

@@ -6,18 +6,24 @@
 #![expect(unsafe_code, reason = "UNSAFETY: `global_asm!` with symbols")]
 
 use core::arch::global_asm;
-use vmi_abi::{CALLS_3_0, CallNumber, RelocationInfo, for_each_call, number};
-use vmi_native_backend::binding::{Bind, answer};
+use vmi_abi::{CALLS_3_0, CallNumber, RelocationInfo, RelocationType, for_each_call, number};
+use vmi_native_backend::binding::{Bind, SHORT_PLAIN, answer, is_short, least_rule};
 
 /// Which answers this image gives.
-const BIND: Bind = if cfg!(feature = "bind-call") { Bind::Call } else { Bind::Fastest };
+const BIND: Bind = if cfg!(feature = "bind-call") {
+    Bind::Call
+} else if cfg!(feature = "rewrite-sites") {
+    Bind::Rewrite
+} else {
+    Bind::Fastest
+};
 
 /// The code that each call is answered with.
 mod code {
-    #[cfg(not(feature = "bind-call"))]
+    #[cfg(not(any(feature = "bind-call", feature = "rewrite-sites")))]
     pub(super) use vmi_native_backend::calls::IRET;
     /// A call leaves its return address above the frame.
-    #[cfg(feature = "bind-call")]
+    #[cfg(any(feature = "bind-call", feature = "rewrite-sites"))]
     pub(super) use vmi_native_backend::calls::IRET_by_call as IRET;
     pub(super) use vmi_native_backend::calls::*;
 }
@@ -26,6 +32,37 @@ mod code {
 const fn kind(number: CallNumber) -> u8 {
     answer(&CALLS_3_0[number.0 as usize], BIND).0.0
 }
+
+/// The second half of a call's row: the type in its first byte, in the next the bytes between the
+/// call's entry and its plain form, which leaves its site alone, then the least rule for sites with
+/// which the answer holds.
+const fn row(number: CallNumber) -> u32 {
+    let call = &CALLS_3_0[number.0 as usize];
+    let plain = matches!(BIND, Bind::Rewrite) && is_short(call);
+    let rule = least_rule(call, BIND) as u8;
+    u32::from_le_bytes([kind(number), if plain { SHORT_PLAIN } else { 0 }, rule, 0])
+}
+
+/// The rule for sites, in DH: a part of an instruction of `rewrite_site`.
+#[cfg(feature = "rewrite-sites")]
+macro_rules! load_site_rule {
+    () => {
+        "movb (site_rule - 1b)(%ecx), %dh"
+    };
+}
+
+/// Sites are left alone.
+#[cfg(not(feature = "rewrite-sites"))]
+macro_rules! load_site_rule {
+    () => {
+        "movb $0, %dh"
+    };
+}
+
+const _: () = assert!(RelocationType::NONE.0 == 0, "get_reloc compares with zero");
+
+/// The bit of a call number that asks for the plain form, as a place for BTR.
+const KEEP_SITE: u32 = vmi_abi::KEEP_SITE.trailing_zeros();
 
 /// Emits `get_reloc`, and behind it a row for each call, laid out as a [`RelocationInfo`] with a
 /// distance for the address. All in one piece: separate ones come in an order of the compiler's.
@@ -42,20 +79,27 @@ macro_rules! emit_table {
             "get_reloc:",
             "call 1f",
             "1: popl %ecx",
+            "btrl ${keep_site}, %eax",
+            "sbbb %dl, %dl", // All ones if the bit was set.
+            load_site_rule!(),
             "cmpl ${count}, %eax",
             "jae 2f",
-            "leal (rows - 1b)(%ecx, %eax, {row}), %ecx",
-            "movl 4(%ecx), %edx",
-            "testl %edx, %edx",
-            "jz 2f",
-            "movl (%ecx), %eax",
+            "leal (rows - 1b)(%ecx, %eax, {row_size}), %ecx",
+            "cmpb $0, 4(%ecx)",
+            "je 2f",
+            "cmpb 6(%ecx), %dh",
+            "jb 2f",
+            "andb 5(%ecx), %dl",
+            "movzbl %dl, %eax",
+            "addl (%ecx), %eax",
             "addl %ecx, %eax",
+            "movzbl 4(%ecx), %edx",
             "retl",
             "2: xorl %eax, %eax",
             "xorl %edx, %edx",
             "retl",
             ".size get_reloc, . - get_reloc",
-            ".balign {row}",
+            ".balign {row_size}",
             "rows:",
             concat!($(
                 // Where the answer is NONE nobody may land: no distance, and no code kept for it.
@@ -67,10 +111,11 @@ macro_rules! emit_table {
                 ".long {", stringify!($number), "}\n",
             )*),
             ".popsection",
-            $( const kind(number::$name), )*
+            $( const row(number::$name), )*
             $( $name = sym code::$name, )*
             count = const CALLS_3_0.len(),
-            row = const size_of::<RelocationInfo>(),
+            row_size = const size_of::<RelocationInfo>(),
+            keep_site = const KEEP_SITE,
             options(att_syntax),
         );
     };

@@ -10,12 +10,16 @@ use vmi_native_backend::binding::Bind;
 /// Files that the tests run on, and what runs them.
 #[derive(Clone, Debug)]
 pub struct Artifacts {
-    /// The image with the fastest answers.
+    /// The default image: short calls become native code where they are called.
     pub native: PathBuf,
+    /// The image with the fastest answers that leave the guest's code alone.
+    pub fastest: PathBuf,
     /// The image that answers CALL_REL wherever it can.
     pub call: PathBuf,
     /// The linked file of `native`.
     pub native_elf: PathBuf,
+    /// The linked file of `fastest`.
+    pub fastest_elf: PathBuf,
     /// The linked file of `call`.
     pub call_elf: PathBuf,
     /// The test guest.
@@ -49,13 +53,16 @@ pub fn build_all(findings: &Findings) -> Result<Artifacts> {
         .clone()
         .map_err(anyhow::Error::msg)
         .context("no QEMU; `cargo xtask setup` says how to get it")?;
-    let native = build::rom(&tools, Bind::Fastest)?;
+    let native = build::rom(&tools, Bind::Rewrite)?;
+    let fastest = build::rom(&tools, Bind::Fastest)?;
     let call = build::rom(&tools, Bind::Call)?;
     let guest = build::guest(&tools)?;
     Ok(Artifacts {
         native: native.path,
+        fastest: fastest.path,
         call: call.path,
         native_elf: native.elf,
+        fastest_elf: fastest.elf,
         call_elf: call.elf,
         guest,
         emulator,

@@ -72,7 +72,8 @@ pub struct Rom {
 #[must_use]
 pub const fn rom_name(bind: Bind) -> &'static str {
     match bind {
-        Bind::Fastest => "vmi-native",
+        Bind::Rewrite => "vmi-native",
+        Bind::Fastest => "vmi-native-fastest",
         Bind::Call => "vmi-native-call",
     }
 }
@@ -108,9 +109,11 @@ pub fn rom(tools: &Tools, bind: Bind) -> Result<Rom> {
     for base in LINK_BASES {
         let mut cargo = inner_cargo(tools, "build");
         cargo.args(["--release", "--package", "vmi-rom"]).env("VMI_ROM_LINK_BASE", base);
-        if bind == Bind::Call {
-            cargo.args(["--features", "vmi-rom/bind-call"]);
-        }
+        match bind {
+            Bind::Rewrite => cargo.args(["--features", "vmi-rom/rewrite-sites"]),
+            Bind::Fastest => &mut cargo,
+            Bind::Call => cargo.args(["--features", "vmi-rom/bind-call"]),
+        };
         run(&mut cargo, &progress)?;
         linked.push(read(&output_path("vmi-rom"))?);
     }

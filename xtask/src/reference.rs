@@ -5,7 +5,7 @@ use vmi_abi::{
     Answers, Argument, CALLS_3_0, CALLS_13, Call, Deferral, Ending, Place, Registers,
     RelocationType, Segments, header::SLOT_SIZE,
 };
-use vmi_native_backend::binding::{Bind, answer};
+use vmi_native_backend::binding::{Bind, SiteRule, answer, least_rule};
 
 /// Where the page lies, from the top of the tree.
 pub const PATH: &str = "docs/calls.md";
@@ -35,22 +35,19 @@ pub fn page() -> String {
     }
 
     page.push_str(NATIVE);
-    page.push_str("| nr | call | vmi-native.rom | why | vmi-native-call.rom | why |\n");
-    page.push_str("|---:|------|----------------|-----|---------------------|-----|\n");
+    page.push_str("| nr | call | vmi-native.rom | why | vmi-native-fastest.rom | why | vmi-native-call.rom | why |\n");
+    page.push_str("|---:|------|----------------|-----|------------------------|-----|---------------------|-----|\n");
     for (call, number) in CALLS_3_0.iter().zip(0..) {
-        let (fastest, fastest_reason) = answer(call, Bind::Fastest);
-        let (bound, bound_reason) = answer(call, Bind::Call);
-        row(
-            &mut page,
-            &[
-                &format!("{number}"),
-                call.name,
-                kind(fastest),
-                &fastest_reason.to_string(),
-                kind(bound),
-                &bound_reason.to_string(),
-            ],
-        );
+        let mut cells = vec![format!("{number}"), call.name.to_owned()];
+        for bind in Bind::ALL {
+            let (found, reason) = answer(call, bind);
+            cells.push(match least_rule(call, bind) {
+                SiteRule::Anywhere => format!("{} (1 processor)", kind(found)),
+                _ => kind(found).to_owned(),
+            });
+            cells.push(reason.to_string());
+        }
+        row(&mut page, &cells);
     }
 
     page.push_str(OLD);
@@ -103,10 +100,10 @@ A slot's code lies at its number times 32 from the start of the ROM. The header 
 ";
 
 /// Adds a row. A stroke within a cell would end it.
-fn row(page: &mut String, cells: &[&str]) {
+fn row(page: &mut String, cells: &[impl AsRef<str>]) {
     for cell in cells {
         // Writing to a string cannot fail.
-        let _ = write!(page, "| {} ", cell.replace('|', "\\|"));
+        let _ = write!(page, "| {} ", cell.as_ref().replace('|', "\\|"));
     }
     page.push_str("|\n");
 }

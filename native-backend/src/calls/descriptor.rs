@@ -21,22 +21,21 @@ const TASK_STATE_ESP0: usize = 4;
 /// The part of a selector that is an offset into the table.
 const SELECTOR_INDEX: u32 = 0xfff8;
 
-routines! {
+short_routines! {
     /// EAX -> limit and base.
-    SetGDT {
-        "lgdt [eax]",
-        "ret",
-    }
+    SetGDT { "lgdt [eax]"; "ret" }
 
+    /// EAX -> limit and base.
+    SetIDT { "lidt [eax]"; "ret" }
+
+    /// -> EAX.
+    GetTR { "str eax"; "ret" }
+}
+
+routines! {
     /// EAX selector.
     SetLDT {
         "lldt ax",
-        "ret",
-    }
-
-    /// EAX -> limit and base.
-    SetIDT {
-        "lidt [eax]",
         "ret",
     }
 
@@ -61,12 +60,6 @@ routines! {
     /// EAX -> buffer.
     GetIDT {
         "sidt [eax]",
-        "ret",
-    }
-
-    /// -> EAX.
-    GetTR {
-        "str eax",
         "ret",
     }
 

@@ -8,51 +8,33 @@ use x86::bits32::eflags::EFlags;
 /// IOPL in EFLAGS.
 const IOPL: u32 = EFlags::FLAGS_IOPL3.bits();
 
-routines! {
+short_routines! {
     /// Changes nothing but IF.
-    EnableInterrupts {
-        "sti",
-        "ret",
-    }
+    EnableInterrupts { "sti"; "ret" }
 
     /// Changes nothing but IF.
-    DisableInterrupts {
-        "cli",
-        "ret",
-    }
+    DisableInterrupts { "cli"; "ret" }
 
     /// -> EAX, an EFLAGS image.
-    GetInterruptMask {
-        "pushfd",
-        "pop eax",
-        "ret",
-    }
+    GetInterruptMask { "pushfd", "pop eax"; "ret" }
 
     /// EAX, an EFLAGS image as GetInterruptMask answered it; changes flags.
     ///
     /// POPF loads all of the image, as the native code of every kernel here does: a caller that
     /// makes up the other bits gets what it asked for.
-    SetInterruptMask {
-        "push eax",
-        "popfd",
-        "ret",
-    }
+    SetInterruptMask { "push eax", "popfd"; "ret" }
 
+    /// A return address lies above the frame: for a site that calls.
+    IRET_by_call { ["lea esp, [esp + 4]"] "iretd" }
+
+    /// EDX EIP, ECX ESP. The shadow of STI lets no interrupt in between. A return address is left behind with the stack.
+    SYSEXIT { "sti", "sysexit" }
+}
+
+routines! {
     /// The frame is on top of the stack: for a site that jumps.
     IRET {
         "iretd",
-    }
-
-    /// A return address lies above the frame: for a site that calls.
-    IRET_by_call {
-        "lea esp, [esp + 4]",
-        "iretd",
-    }
-
-    /// EDX EIP, ECX ESP. The shadow of STI lets no interrupt in between. A return address is left behind with the stack.
-    SYSEXIT {
-        "sti",
-        "sysexit",
     }
 
     /// Waits with interrupts enabled. The shadow of STI: one that is pending ends the wait.
@@ -75,5 +57,4 @@ routines! {
         iopl = const IOPL,
         not_iopl = const !IOPL,
     }
-
 }

@@ -6,6 +6,11 @@
 use vmi_abi::flags::FlushFlags;
 use x86::controlregs::Cr4;
 
+short_routines! {
+    /// EAX linear address.
+    InvalPage { "invlpg [eax]"; "ret" }
+}
+
 routines! {
     /// EAX value, EDX entry, ECX flags; changes nothing.
     SetPxE {
@@ -40,12 +45,6 @@ routines! {
 
     /// EAX frame -> EAX, the same.
     MachineToPhysical {
-        "ret",
-    }
-
-    /// EAX linear address.
-    InvalPage {
-        "invlpg [eax]",
         "ret",
     }
 

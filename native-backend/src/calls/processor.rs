@@ -1,5 +1,40 @@
 //! Identification, model-specific, control and debug registers, counters, caches.
 
+short_routines! {
+    /// EAX value.
+    SetCR0 { "mov cr0, eax"; "ret" }
+
+    /// EAX value.
+    SetCR2 { "mov cr2, eax"; "ret" }
+
+    /// EAX value.
+    SetCR3 { "mov cr3, eax"; "ret" }
+
+    /// EAX value.
+    SetCR4 { "mov cr4, eax"; "ret" }
+
+    /// -> EAX.
+    GetCR0 { "mov eax, cr0"; "ret" }
+
+    /// -> EAX.
+    GetCR2 { "mov eax, cr2"; "ret" }
+
+    /// -> EAX.
+    GetCR3 { "mov eax, cr3"; "ret" }
+
+    /// -> EAX.
+    GetCR4 { "mov eax, cr4"; "ret" }
+
+    /// Nothing in, nothing out.
+    WBINVD { "wbinvd"; "ret" }
+
+    /// -> EDX:EAX.
+    RDTSC { "rdtsc"; "ret" }
+
+    /// Nothing in, nothing out.
+    CLTS { "clts"; "ret" }
+}
+
 routines! {
     /// EAX leaf, ECX subleaf -> EAX, EBX, ECX, EDX. Nothing is masked: the ROM takes nothing away.
     CPUID {
@@ -16,60 +51,6 @@ routines! {
     /// ECX index -> EDX:EAX.
     RDMSR {
         "rdmsr",
-        "ret",
-    }
-
-    /// EAX value.
-    SetCR0 {
-        "mov cr0, eax",
-        "ret",
-    }
-
-    /// EAX value.
-    SetCR2 {
-        "mov cr2, eax",
-        "ret",
-    }
-
-    /// EAX value.
-    SetCR3 {
-        "mov cr3, eax",
-        "ret",
-    }
-
-    /// EAX value.
-    SetCR4 {
-        "mov cr4, eax",
-        "ret",
-    }
-
-    /// -> EAX.
-    GetCR0 {
-        "mov eax, cr0",
-        "ret",
-    }
-
-    /// -> EAX.
-    GetCR2 {
-        "mov eax, cr2",
-        "ret",
-    }
-
-    /// -> EAX.
-    GetCR3 {
-        "mov eax, cr3",
-        "ret",
-    }
-
-    /// -> EAX.
-    GetCR4 {
-        "mov eax, cr4",
-        "ret",
-    }
-
-    /// Nothing in, nothing out.
-    WBINVD {
-        "wbinvd",
         "ret",
     }
 
@@ -135,18 +116,6 @@ routines! {
     /// ECX counter -> EDX:EAX.
     RDPMC {
         "rdpmc",
-        "ret",
-    }
-
-    /// -> EDX:EAX.
-    RDTSC {
-        "rdtsc",
-        "ret",
-    }
-
-    /// Nothing in, nothing out.
-    CLTS {
-        "clts",
         "ret",
     }
 

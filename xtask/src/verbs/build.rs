@@ -16,8 +16,8 @@ use vmi_native_backend::binding::{Bind, answer};
 /// the linked file beside each, and target/guest/vmi-guest.elf.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// What the image answers: what is fastest for the guest, CALL_REL wherever it may, or one image of each.
-    #[arg(long, value_enum, default_value_t = Binding::Both)]
+    /// What the image answers, and whether short calls become native code where they are called.
+    #[arg(long, value_enum, default_value_t = Binding::All)]
     bind: Binding,
 
     /// Also write a copy of each image for the expansion ROM of a PCI card, here the card's vendor
@@ -38,20 +38,23 @@ fn card(text: &str) -> Result<(u16, u16), String> {
 /// Which images to build.
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
 enum Binding {
-    /// target/rom/vmi-native.rom.
+    /// target/rom/vmi-native.rom: as `fastest`, and short calls become native code at their sites.
+    Rewrite,
+    /// target/rom/vmi-native-fastest.rom: the guest is left with its own native code wherever that does the same.
     Fastest,
-    /// target/rom/vmi-native-call.rom.
+    /// target/rom/vmi-native-call.rom: CALL_REL wherever the interface lets it.
     Call,
-    /// Both.
-    Both,
+    /// One of each.
+    All,
 }
 
 impl Binding {
     const fn kinds(self) -> &'static [Bind] {
         match self {
+            Self::Rewrite => &[Bind::Rewrite],
             Self::Fastest => &[Bind::Fastest],
             Self::Call => &[Bind::Call],
-            Self::Both => &[Bind::Fastest, Bind::Call],
+            Self::All => &Bind::ALL,
         }
     }
 }

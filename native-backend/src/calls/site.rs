@@ -1,0 +1,266 @@
+//! Native code where the guest calls the ROM: how a call dissolves into the kernel.
+//!
+//! Some calls are no longer than the instruction that calls them. The first time such a call is
+//! entered from a site in the kernel, [`rewrite_site`] puts the call's own instructions over the
+//! site, and the kernel runs native code there from then on. `docs/site-rewriting.md` says what
+//! makes that safe.
+
+use crate::binding::{SHORT_PLAIN, SiteRule};
+use core::mem::offset_of;
+use x86::controlregs::Cr0;
+
+/// What stands between a short call's entry and its own instructions: how [`rewrite_site`] is called.
+///
+/// In this order, with the bytes of each: PUSHFD and CLI, 1 each; CALL, 5; TEST of EAX with a
+/// [`Record`], 1 and the record; POPFD, 1. The TEST does nothing but hold the record, so that
+/// whoever reads the image as code finds nothing else in it.
+const RETURN: u32 = 1 + 1 + 5;
+const RECORD: u32 = RETURN + 1;
+
+/// The opcode of that TEST.
+pub(super) const HOLDER: u8 = 0xa9;
+
+/// What [`rewrite_site`] is told about a call.
+#[repr(C)]
+pub(super) struct Record {
+    /// Bytes of the call's own instructions.
+    code: u8,
+    /// Bytes of a site that must change at least: the instructions, and a jump over what is left of
+    /// the site. Only the instructions where nothing comes back to the site.
+    least: u8,
+    /// Bytes between the plain entry and the instructions.
+    skip: u8,
+    /// Zero.
+    unused: u8,
+}
+
+const _: () = assert!(RECORD as usize + size_of::<Record>() + 1 == SHORT_PLAIN as usize);
+
+/// Bytes of `call rel32`, and its opcode.
+const DIRECT: u32 = 5;
+const DIRECT_OPCODE: u8 = 0xe8;
+
+/// Opcode and ModRM byte of `call [disp32]`, which has a byte more.
+const INDIRECT_OPCODE: u16 = 0x15ff;
+
+/// First byte of every shorter `call`, through a register or through memory behind one.
+const SHORTER_OPCODE: u8 = 0xff;
+
+/// `jmp rel8`: opcode, and bytes of the whole.
+const SHORT_JUMP: u8 = 0xeb;
+
+/// What an unused byte of a site is filled with: prefixes that change nothing, and a NOP behind them.
+const OPERAND_SIZE: u8 = 0x66;
+const NOP: u8 = 0x90;
+
+/// Bytes in a page of memory, and in a word that every processor sees changed as a whole.
+const PAGE: u32 = 4096;
+const WORD: u32 = 8;
+
+/// CR0.WP.
+const WRITE_PROTECT: u32 = Cr0::CR0_WRITE_PROTECT.bits() as u32;
+
+/// What PUSHAD leaves on the stack.
+const SAVED: u32 = 32;
+
+routines! {
+    /// Puts a short call's instructions over the site that it was called from.
+    ///
+    /// In: on the stack where it returns to, the flags on entry, the site's return address;
+    /// interrupts disabled. Uses SS alone. Out: if the site was rewritten, goes on there, with
+    /// registers, flags and stack as they were before the call. Otherwise returns, with all
+    /// registers kept.
+    rewrite_site {
+        "pushad",
+        "mov ebp, esp",
+        "mov esi, [ebp + {return_address}]",
+        "mov edi, [ebp + {return_to_call}]",
+        "sub edi, {returned}",
+
+        // The bytes before the return address. They are there if they lie in its page: the
+        // processor fetched the call's last byte from it.
+        // ESI: end of the site. EDI: entry of the call. ECX: the site's length.
+        "lea eax, [esi - 1]",
+        "and eax, {page} - 1",
+        "mov ecx, {direct}",
+        "cmp eax, {direct} - 1",
+        "jb 9f",
+        "mov edx, ss:[esi - 4]",
+        "movzx ebx, word ptr ss:[esi - 5]",
+        "cmp bl, {direct_opcode}",
+        "jne 2f",
+        "lea eax, [esi + edx]",
+        "jmp 3f",
+
+        // Every other call that could end here begins with FF two, three, four or seven bytes
+        // before: without that it is the one that begins with FF 15, and its pointer was just read.
+        "2: inc ecx",
+        "cmp eax, {direct}",
+        "jb 9f",
+        "movzx ebx, word ptr ss:[esi - 6]",
+        "cmp ebx, {indirect_opcode}",
+        "jne 9f",
+        "cmp dl, {shorter_opcode}",
+        "je 9f",
+        "cmp dh, {shorter_opcode}",
+        "je 9f",
+        "mov eax, edx",
+        "shr eax, 16",
+        "cmp al, {shorter_opcode}",
+        "je 9f",
+        "mov eax, ss:[edx]",
+        "3: cmp eax, edi",
+        "jne 9f",
+        "push ebx",                             // [EBP - 4]: the opcode.
+        "push edx",                             // [EBP - 8]: distance or pointer.
+
+        // May sites be rewritten on this machine, and how?
+        // The rule is a part of the instruction. POST sets it, and keeps the sum with the next byte.
+        "4: mov edx, {in_a_word}",
+        ".globl site_rule",
+        ".hidden site_rule",
+        ".set site_rule, 4b + 1",
+        "movzx edx, dl",
+        "test edx, edx",
+        "jz 9f",
+
+        // How much of the site is to change: all of it, or as little as must.
+        // EAX: bytes to change. EBX: bytes of code. EDX: rule. ESI: the site.
+        "movzx ebx, byte ptr ss:[edi + {record} + {code}]",
+        "sub esi, ecx",
+        "mov eax, ecx",
+        "cmp bl, ss:[edi + {record} + {least}]",
+        "jne 5f",
+        "mov eax, ebx",
+        "5: mov ecx, esi",
+        "and ecx, {word} - 1",
+        "push ecx",
+        "add ecx, eax",
+        "cmp ecx, {word}",
+        "pop ecx",
+        "jbe 6f",
+        "cmp edx, {anywhere}",
+        "jne 51f",
+        // Nobody else runs code: the last eight bytes, which end with the site. They lie in its
+        // page: a site that crosses a word does not lie in the page's first.
+        "lea ecx, [esi + {word}]",
+        "sub ecx, [ebp + {return_address}]",
+        "jmp 6f",
+        "51: movzx eax, byte ptr ss:[edi + {record} + {least}]",
+        "push ecx",
+        "add ecx, eax",
+        "cmp ecx, {word}",
+        "pop ecx",
+        "jbe 6f",
+
+        // No room in one word. A site that calls directly can still call the plain entry: one byte
+        // says so, unless the distance needs a carry.
+        "cmp byte ptr [ebp - 4], {direct_opcode}",
+        "jne 9f",
+        "lea ecx, [esi + 1]",
+        "mov edx, ecx",
+        "and edx, -{word}",
+        "sub ecx, edx",
+        "push esi",
+        "push edx",
+        "push dword ptr ss:[edx + 4]",
+        "push dword ptr ss:[edx]",
+        "push dword ptr [esp + 4]",
+        "push dword ptr [esp + 4]",
+        "mov dl, [ebp - 8]",
+        "cmp dl, [esp + ecx]",                  // Another processor was here first.
+        "jne 9f",
+        "add byte ptr [esp + ecx], {plain}",
+        "jc 9f",
+        "jmp 8f",
+
+        // The word, and a copy of it in which the site is changed.
+        // EAX: bytes to change. EBX: bytes of code. ECX: the site's place in the word.
+        "6: push esi",
+        "mov edx, esi",
+        "sub edx, ecx",
+        "push edx",
+        "push dword ptr ss:[edx + 4]",
+        "push dword ptr ss:[edx]",
+        "push dword ptr [esp + 4]",
+        "push dword ptr [esp + 4]",
+        "mov dl, [ebp - 4]",
+        "cmp dl, [esp + ecx]",                  // Another processor was here first.
+        "jne 9f",
+        "lea edx, [esi + eax]",
+        "sub edx, [ebp + {return_address}]",
+        "neg edx",                              // EDX: bytes of the site that stay.
+        "add ecx, esp",                         // ECX: where the site is in the copy.
+        "add eax, ecx",                         // EAX: where the change ends.
+        "movzx esi, byte ptr ss:[edi + {record} + {skip}]",
+        "lea esi, [edi + esi + {plain}]",       // ESI: the code.
+        "7: mov bh, ss:[esi]",
+        "mov ss:[ecx], bh",
+        "inc esi",
+        "inc ecx",
+        "dec bl",
+        "jnz 7b",
+        "cmp ecx, eax",
+        "je 8f",                                // Nothing comes back to the rest.
+        "test edx, edx",
+        "jz 72f",
+        "mov byte ptr ss:[ecx], {short_jump}",
+        "mov ss:[ecx + 1], dl",
+        "jmp 8f",
+        "71: mov byte ptr ss:[ecx], {operand_size}",
+        "inc ecx",
+        "72: lea edx, [ecx + 1]",
+        "cmp edx, eax",
+        "jne 71b",
+        "mov byte ptr ss:[ecx], {nop}",
+
+        // In: on the stack the changed word, the word as it was, its address, the site.
+        "8: pop ebx",
+        "pop ecx",
+        "pop eax",
+        "pop edx",
+        "pop edi",
+        "mov esi, cr0",
+        "push esi",
+        "and esi, {not_write_protect}",
+        "mov cr0, esi",
+        "lock cmpxchg8b qword ptr ss:[edi]",
+        "setz bl",                              // MOV to CR0 leaves the flags undefined.
+        "pop esi",
+        "mov cr0, esi",
+        "test bl, bl",
+        "jz 9f",                                // Another processor or an NMI was here first.
+        "pop esi",
+        "mov [ebp + {return_address}], esi",
+        "mov esp, ebp",
+        "popad",
+        "add esp, 4",
+        "popfd",
+        "ret",
+
+        "9: mov esp, ebp",
+        "popad",
+        "ret",
+
+        return_to_call = const SAVED,
+        returned = const RETURN,
+        return_address = const SAVED + 8,
+        record = const RECORD,
+        code = const offset_of!(Record, code),
+        least = const offset_of!(Record, least),
+        skip = const offset_of!(Record, skip),
+        plain = const SHORT_PLAIN,
+        page = const PAGE,
+        word = const WORD,
+        direct = const DIRECT,
+        direct_opcode = const DIRECT_OPCODE,
+        indirect_opcode = const INDIRECT_OPCODE,
+        shorter_opcode = const SHORTER_OPCODE,
+        short_jump = const SHORT_JUMP,
+        operand_size = const OPERAND_SIZE,
+        nop = const NOP,
+        not_write_protect = const !WRITE_PROTECT,
+        in_a_word = const SiteRule::InAWord as u8,
+        anywhere = const SiteRule::Anywhere as u8,
+    }
+}
