@@ -172,7 +172,9 @@ fn any_rom_is_verified() {
 
 #[test]
 fn right_images_are_judged_to_their_end() {
-    for name in ["good-native.rom", "good-call.rom", "good-13.0.rom", "good-13.3.rom"] {
+    for name in
+        ["good-native.rom", "good-call.rom", "good-rewriting.rom", "good-13.0.rom", "good-13.3.rom"]
+    {
         let (_, bytes) = corpus("rom")
             .into_iter()
             .find(|(path, _)| path.ends_with(name))

@@ -6,7 +6,7 @@ use super::random::Random;
 use super::rom::Rom;
 use super::trial::{self, Placement};
 use iced_x86::Register;
-use vmi_abi::{CallNumber, RelocationInfo, RelocationType};
+use vmi_abi::{CallNumber, KEEP_SITE, RelocationInfo, RelocationType};
 
 /// Instructions that `vmi_init` may take before it is said not to return.
 pub const INIT_BUDGET: u64 = 1_000_000;
@@ -39,6 +39,8 @@ pub struct Table {
     pub init: Option<u32>,
     /// By number; `None` where `get_reloc` did not return, or for no call, or where nobody can be asked.
     pub answers: Vec<Option<Answer>>,
+    /// The same for questions with [`KEEP_SITE`], which only revision 3.0 has.
+    pub keep_site: Vec<Option<Answer>>,
 }
 
 impl Table {
@@ -52,6 +54,12 @@ impl Table {
     #[must_use]
     pub fn answer_at(&self, number: u32) -> Option<Answer> {
         self.answers.get(usize::try_from(number).ok()?).copied().flatten()
+    }
+
+    /// The answer for a number with [`KEEP_SITE`].
+    #[must_use]
+    pub fn keep_site_at(&self, number: u32) -> Option<Answer> {
+        self.keep_site.get(usize::try_from(number).ok()?).copied().flatten()
     }
 
     /// The most instructions that an answer took.
@@ -69,7 +77,7 @@ pub fn answers(rom: &Rom, base: u32) -> Table {
     let code = Code::new(rom.image(), FUEL);
     match rom.interface() {
         Ok(interface) => table(&code, &interface, base),
-        Err(_) => Table { base, init: None, answers: Vec::new() },
+        Err(_) => Table { base, init: None, answers: Vec::new(), keep_site: Vec::new() },
     }
 }
 
@@ -83,7 +91,14 @@ pub(super) fn table(code: &Code<'_>, interface: &Interface, base: u32) -> Table 
         answers.resize(number as usize, None);
         answers.push(interface.lookup.and_then(|by| ask(code, by, placement, number, 0).1));
     }
-    Table { base, init, answers }
+    // A ROM that does not come back from a question is asked no more of them.
+    let answered = answers.iter().all(Option::is_some) && !interface.revision.has_slots();
+    let lookup = interface.lookup.filter(|_| answered);
+    let keep_site = interface
+        .calls()
+        .map(|(number, _)| lookup.and_then(|by| ask(code, by, placement, number | KEEP_SITE, 0).1))
+        .collect();
+    Table { base, init, answers, keep_site }
 }
 
 /// Executes `vmi_init`.

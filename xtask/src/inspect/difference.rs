@@ -6,7 +6,7 @@ use super::interface::Interface;
 use super::machine::Code;
 use super::reach::{Reach, reach};
 use super::rom::{ReadError, Rom};
-use super::survey::{CallFacts, CodeFacts, Header, Pci, Pnp, Survey, survey};
+use super::survey::{CallFacts, CodeFacts, Elsewhere, Header, Pci, Pnp, SiteFacts, Survey, survey};
 use super::trial::Placement;
 use crate::table::{Align, BAD, Cell, DIM, GOOD, HEAD, PLAIN, Table};
 use serde::Serialize;
@@ -231,12 +231,21 @@ fn compare_call(pair: [Option<&CallFacts>; 2], codes: &[Code<'_>; 2]) -> CallDif
         }
         Some(call) => call.answer_text(),
     });
-    fields.each("code beside the slot", [&pair[0], &pair[1]], |call| {
-        let elsewhere = call.and_then(|call| call.elsewhere.as_ref());
-        elsewhere.map_or("none".to_owned(), |elsewhere| {
-            let lines = elsewhere.code.listing.iter().map(|line| line.text.as_str());
+    let beside = |place: Option<&Elsewhere>| {
+        place.map_or("none".to_owned(), |place| {
+            let lines = place.code.listing.iter().map(|line| line.text.as_str());
             lines.collect::<Vec<_>>().join("; ")
         })
+    };
+    fields.each("code beside the slot", [&pair[0], &pair[1]], |call| {
+        beside(call.and_then(|call| call.elsewhere.as_ref()))
+    });
+    fields.each("code with KEEP_SITE", [&pair[0], &pair[1]], |call| {
+        beside(call.and_then(|call| call.keep_site.as_ref()))
+    });
+    fields.each("at the call site", [&pair[0], &pair[1]], |call| {
+        let site = call.and_then(|call| call.code.as_ref()?.site.as_ref());
+        site.map_or("the call".to_owned(), SiteFacts::text)
     });
     let part = |place: usize| {
         let call: &CallFacts = pair[place]?;

@@ -35,6 +35,8 @@ pub struct Entry {
     pub kind: RelocationType,
     /// Whether that is the call's slot.
     pub is_slot: bool,
+    /// Whether a guest gets there that wants its call sites kept as they are.
+    pub keeps_site: bool,
 }
 
 /// A call of 13.x that answers for the whole ROM.
@@ -77,7 +79,12 @@ impl Interface {
     pub fn entries(&self, table: &Table, number: u32, call: &Call) -> Vec<Entry> {
         let answered = table.answer_at(number);
         let place = |answer: Answer| {
-            Some(Entry { offset: answer.offset?, kind: answer.kind, is_slot: false })
+            Some(Entry {
+                offset: answer.offset?,
+                kind: answer.kind,
+                is_slot: false,
+                keeps_site: false,
+            })
         };
         let Some(slot) = call.contract.slot.filter(|_| self.revision.has_slots()) else {
             return answered.and_then(place).into_iter().collect();
@@ -87,8 +94,17 @@ impl Interface {
             Ending::Transfers => RelocationType::JUMP_REL,
             _ => RelocationType::CALL_REL,
         };
-        let own = Entry { offset: slot.offset(), kind, is_slot: true };
+        let own = Entry { offset: slot.offset(), kind, is_slot: true, keeps_site: false };
         let other = answered.and_then(place).filter(|other| other.offset != own.offset);
         [own].into_iter().chain(other.map(|other| Entry { kind, ..other })).collect()
+    }
+
+    /// Where a guest enters a call's code that wants its call sites kept, if the ROM knows of that.
+    ///
+    /// A ROM that answers with the same code says that it keeps sites anyway.
+    #[must_use]
+    pub fn keep_site_entry(&self, table: &Table, number: u32) -> Option<Entry> {
+        let answer = table.keep_site_at(number)?;
+        Some(Entry { offset: answer.offset?, kind: answer.kind, is_slot: false, keeps_site: true })
     }
 }

@@ -220,7 +220,7 @@ fn paint_code(paint: &mut Paint, code: &Code<'_>, rom: &Rom, survey: &Survey) {
     }
     for call in &survey.calls {
         let label = format!("{} {}", call.number, call.name);
-        let elsewhere = call.elsewhere.iter().map(|elsewhere| &elsewhere.code);
+        let elsewhere = call.elsewhere.iter().chain(&call.keep_site).map(|other| &other.code);
         for line in call.code.iter().chain(elsewhere).flat_map(|code| &code.listing) {
             // Two digits and a blank for each byte but the last.
             let length = line.bytes.len().div_ceil(3);

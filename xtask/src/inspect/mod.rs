@@ -10,6 +10,7 @@
 //! - [`interface`]: what differs between revisions,
 //! - [`answers`]: what `get_reloc` says of each call,
 //! - [`reach`]: the instructions that can be reached from an entry, executed or not,
+//! - [`site`]: where a kernel calls from,
 //! - [`trial`]: a call executed as a guest would call it, from a random state,
 //! - [`rules`]: the contract, held against all of that,
 //! - [`survey`] and [`report`]: the same facts for a reader,
@@ -32,6 +33,9 @@ pub mod rom;
 pub mod rules;
 #[cfg(test)]
 mod samples;
+pub mod site;
+#[cfg(test)]
+mod site_tests;
 #[cfg(test)]
 mod slot_samples;
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use super::interface::Interface;
 use super::rules::{NotApplicable, Report, kind_name};
-use super::survey::{CallFacts, CodeFacts, Header, Pci, Pnp, Survey};
+use super::survey::{CallFacts, CodeFacts, Header, Pci, Pnp, SiteFacts, Survey};
 use crate::table::{Align, BAD, Cell, DIM, GOOD, HEAD, PLAIN, Table};
 use anstyle::Style;
 use std::fmt::Write;
@@ -111,19 +111,25 @@ fn pnp(pnp: &Pnp) -> String {
 
 fn calls(survey: &Survey) -> Table {
     use Align::{Left, Right};
-    let mut table = Table::new(&[Right, Left, Left, Right, Right, Right, Right, Right, Left, Left]);
-    table.heading(&[
-        "nr",
-        "call",
-        "answer",
-        "offset",
-        "bytes",
-        "instr",
-        "run",
-        "stack",
-        "writes",
-        "system instructions",
-    ]);
+    let of_code: [(&str, Align); 7] = [
+        ("offset", Right),
+        ("bytes", Right),
+        ("instr", Right),
+        ("run", Right),
+        ("stack", Right),
+        ("writes", Left),
+        ("system instructions", Left),
+    ];
+    let mut columns = vec![("nr", Right), ("call", Left), ("answer", Left)];
+    columns.extend(of_code);
+    // Columns that most ROMs have nothing for.
+    let rewrites = survey.calls.iter().any(|call| site(call).is_some());
+    if rewrites {
+        columns.splice(8..8, [("plain", Right), ("at the site", Left)]);
+    }
+    let (names, aligns): (Vec<&str>, Vec<Align>) = columns.into_iter().unzip();
+    let mut table = Table::new(&aligns);
+    table.heading(&names);
     for call in &survey.calls {
         let none = call.answer_type == Some(RelocationType::NONE.0);
         let style = if none { DIM } else { PLAIN };
@@ -140,13 +146,30 @@ fn calls(survey: &Survey) -> Table {
                 code.instructions.to_string().into(),
                 format!("{}{more}", code.executed).into(),
                 code.stack_bytes.to_string().into(),
-                code.written.join(" ").into(),
-                code.system.join(", ").into(),
             ]);
+            let site = site(call);
+            if rewrites {
+                let plain = call.keep_site.as_ref().map(|plain| plain.code.executed.to_string());
+                cells.extend([
+                    Cell::from(plain.unwrap_or_default()),
+                    site.map(SiteFacts::text).unwrap_or_default().into(),
+                ]);
+            }
+            // What rewrites a site touches everything, once; what stands there is what a guest runs.
+            let (written, system) = match site {
+                Some(site) => (&site.written, &site.system),
+                None => (&code.written, &code.system),
+            };
+            cells.extend([Cell::from(written.join(" ")), system.join(", ").into()]);
         }
         table.row(cells);
     }
     table
+}
+
+/// What becomes of a site that a call is made from.
+fn site(call: &CallFacts) -> Option<&SiteFacts> {
+    call.code.as_ref()?.site.as_ref()
 }
 
 /// What `inspect --call` prints.
@@ -163,8 +186,15 @@ pub fn call(call: &CallFacts) -> String {
             let _ = writeln!(text, "answer: {}", answer.as_deref().unwrap_or("none returned"));
         }
     }
+    if let Some(site) = site(call) {
+        let _ = writeln!(text, "at its call site: {} ({})", site.text(), site.bytes);
+    }
     if let Some(code) = &call.code {
         listing(&mut text, code);
+    }
+    if let Some(plain) = &call.keep_site {
+        let _ = writeln!(text, "\nwith KEEP_SITE: code at {:X}h", plain.offset);
+        listing(&mut text, &plain.code);
     }
     if let Some(elsewhere) = &call.elsewhere {
         let _ =

@@ -22,6 +22,12 @@ const STUB_SIZE: usize = 64;
 const ROWS: usize = 0x500;
 const LENGTH: usize = 0x1000;
 
+/// Where the code lies that calls share.
+pub(super) const HELPER: usize = 0xd00;
+
+/// `push imm32`.
+const PUSH: u8 = 0x68;
+
 /// How `get_reloc` finds its answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Lookup {
@@ -29,6 +35,8 @@ pub(super) enum Lookup {
     Table,
     /// A chain of comparisons that ends in a jump through a register.
     Chain,
+    /// A table that knows of KEEP_SITE: behind the type it has the distance to the plain code.
+    Sites,
 }
 
 /// An image to be built.
@@ -38,6 +46,8 @@ pub(super) struct Sample {
     custom_lookup: Option<Vec<u8>>,
     init: Vec<u8>,
     license: &'static [u8],
+    helper: Vec<u8>,
+    plain: u8,
 }
 
 /// Assembles code for a place of its own choice; it must not depend on the place.
@@ -61,6 +71,8 @@ impl Sample {
                 a.ret()
             }),
             license: b"GPL\0",
+            helper: Vec::new(),
+            plain: 0,
         };
         sample.call(number::EnableInterrupts, |a| {
             a.sti()?;
@@ -143,6 +155,21 @@ impl Sample {
         self
     }
 
+    /// Code that calls share, at [`HELPER`].
+    pub(super) fn helper(
+        &mut self,
+        write: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>,
+    ) -> &mut Self {
+        self.helper = assemble(write);
+        self
+    }
+
+    /// How far behind their entry calls that begin with PUSH have their plain code.
+    pub(super) fn plain(&mut self, distance: u8) -> &mut Self {
+        self.plain = distance;
+        self
+    }
+
     /// Where a call's code lies.
     pub(super) fn offset(&self, number: CallNumber) -> usize {
         STUBS + STUB_SIZE * self.stubs.range(..number.0).count()
@@ -169,6 +196,7 @@ impl Sample {
         put(PNP + 14, &word(STRINGS + 32));
         put(PNP + 16, &word(STRINGS + 38));
         put(INIT, &self.init);
+        put(HELPER, &self.helper);
         put(LOOKUP, &self.custom_lookup.clone().unwrap_or_else(|| self.lookup_code()));
         for number in 0..CALLS_3_0.len() as u32 {
             let Some((kind, code)) = self.stubs.get(&number) else { continue };
@@ -176,7 +204,8 @@ impl Sample {
             assert!(code.len() <= STUB_SIZE);
             put(offset, code);
             put(row, &((offset - row) as u32).to_le_bytes());
-            put(row + 4, &[*kind]);
+            let rewrites = code.first() == Some(&PUSH);
+            put(row + 4, &[*kind, if rewrites { self.plain } else { 0 }]);
         }
         repair(&mut image);
         image
@@ -195,6 +224,30 @@ impl Sample {
                 a.movzx(edx, byte_ptr(ecx + 4))?;
                 a.mov(eax, ptr(ecx))?;
                 a.add(eax, ecx)?;
+                a.ret()?;
+                a.set_label(&mut none)?;
+                a.xor(edx, edx)?;
+                a.ret()
+            }),
+            Lookup::Sites => assemble(|a| {
+                let (mut here, mut none, mut out) =
+                    (a.create_label(), a.create_label(), a.create_label());
+                a.call(here)?;
+                a.set_label(&mut here)?;
+                a.pop(ecx)?;
+                a.btr(eax, 31)?;
+                a.setc(dl)?;
+                a.cmp(eax, CALLS_3_0.len() as u32)?;
+                a.jae(none)?;
+                a.lea(ecx, ptr(ecx + eax * 8 + (ROWS - LOOKUP - 5) as i32))?;
+                a.mov(eax, ptr(ecx))?;
+                a.add(eax, ecx)?;
+                a.test(dl, dl)?;
+                a.movzx(edx, byte_ptr(ecx + 5))?;
+                a.jz(out)?;
+                a.add(eax, edx)?;
+                a.set_label(&mut out)?;
+                a.movzx(edx, byte_ptr(ecx + 4))?;
                 a.ret()?;
                 a.set_label(&mut none)?;
                 a.xor(edx, edx)?;

@@ -6,8 +6,8 @@ use super::machine::{Code, Stop, is_system, registers::GENERAL, written};
 use super::reach::{Executed, Reach, reach};
 use super::rom::{ReadError, Rom};
 use super::rules::structure_text;
-use super::trial::{self, Placement};
-use iced_x86::Mnemonic;
+use super::trial::{self, Placement, Trial};
+use iced_x86::{Instruction, Mnemonic};
 use serde::Serialize;
 use std::collections::BTreeSet;
 use vmi_abi::{Call, Ending};
@@ -127,6 +127,8 @@ pub struct CallFacts {
     pub code: Option<CodeFacts>,
     /// What lies where GetRelocationInfo points to, if that is not the slot.
     pub elsewhere: Option<Elsewhere>,
+    /// What is answered to a guest that wants its call sites kept, if that is other code.
+    pub keep_site: Option<Elsewhere>,
 }
 
 impl CallFacts {
@@ -138,7 +140,7 @@ impl CallFacts {
     }
 }
 
-/// A call's code beside the slot.
+/// A call's code in a second place.
 #[derive(Clone, Debug, Serialize)]
 pub struct Elsewhere {
     /// Where it is.
@@ -164,8 +166,32 @@ pub struct CodeFacts {
     pub written: Vec<&'static str>,
     /// Most bytes of stack used below ESP on entry.
     pub stack_bytes: u32,
+    /// What the code puts over the instruction that called it; `None` if it leaves that alone.
+    pub site: Option<SiteFacts>,
     /// Offset, bytes and text of each instruction.
     pub listing: Vec<Line>,
+}
+
+/// The instructions that take the place of a call, found by executing them. What only fills the
+/// place is left out.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct SiteFacts {
+    /// The instructions.
+    pub instructions: Vec<String>,
+    /// Their bytes in hexadecimal.
+    pub bytes: String,
+    /// Those that reach beyond the program.
+    pub system: Vec<String>,
+    /// Registers that some instruction writes, ESP left out.
+    pub written: Vec<&'static str>,
+}
+
+impl SiteFacts {
+    /// The instructions in a line.
+    #[must_use]
+    pub fn text(&self) -> String {
+        self.instructions.join("; ")
+    }
 }
 
 /// A line of disassembly.
@@ -278,6 +304,13 @@ fn call_facts(
     let entries = interface.entries(table, number, call);
     let mut entries = entries.into_iter().filter(|entry| entry.offset < code.image().len());
     let first = entries.next();
+    let keeping = interface
+        .keep_site_entry(table, number)
+        .filter(|entry| first.is_none_or(|first| first.offset != entry.offset));
+    let beside = |entry: Entry| Elsewhere {
+        offset: entry.offset,
+        code: code_facts(code, table.base, call, entry),
+    };
     CallFacts {
         number,
         name: call.name,
@@ -287,10 +320,8 @@ fn call_facts(
         slot: first.filter(|entry| entry.is_slot).map(|entry| entry.offset),
         offset: first.map(|entry| entry.offset),
         code: first.map(|entry| code_facts(code, table.base, call, entry)),
-        elsewhere: entries.next().map(|entry| Elsewhere {
-            offset: entry.offset,
-            code: code_facts(code, table.base, call, entry),
-        }),
+        elsewhere: entries.next().map(beside),
+        keep_site: keeping.map(beside),
     }
 }
 
@@ -298,9 +329,20 @@ fn code_facts(code: &Code<'_>, base: u32, call: &Call, entry: Entry) -> CodeFact
     let Entry { offset, kind, .. } = entry;
     let mut executed = Executed::new(code);
     let (mut most, mut depth, mut cut_short) = (0, 0, false);
+    let mut site = None;
     for seed in 0..LOOKS {
-        let mut trial = trial::call(code, Placement::whole(base), offset, call, kind, seed);
+        let placement = Placement::whole(base);
+        let mut trial = trial::call(code, placement, offset, call, kind, seed);
         let stop = trial.machine.run(LOOK_BUDGET);
+        // Now from the site as it was left, as often as it takes to find one that does without the ROM.
+        if site.is_none()
+            && let Some(mut again) =
+                trial::again(code, placement, offset, call, kind, seed + LOOKS, &trial)
+        {
+            again.machine.run(LOOK_BUDGET);
+            executed.add(&again.machine.trace);
+            site = site_facts(&again);
+        }
         executed.add(&trial.machine.trace);
         most = most.max(trial.machine.trace.instructions);
         depth = depth.max(trial.machine.stack_depth());
@@ -320,16 +362,45 @@ fn code_facts(code: &Code<'_>, base: u32, call: &Call, entry: Entry) -> CodeFact
         instructions: reached.instructions.len(),
         executed: most,
         cut_short,
-        system: system(&reached),
-        written: registers(&reached),
+        system: system(reached.instructions.values()),
+        written: registers(reached.instructions.values()),
         stack_bytes: depth,
+        site,
         listing: listing(code, &reached, executed),
     }
 }
 
-fn system(reached: &Reach) -> Vec<String> {
+/// What an execution from a rewritten site found there; `None` if the site has a prefix before what a
+/// ROM may change, or still calls.
+fn site_facts(again: &Trial<'_>) -> Option<SiteFacts> {
+    let at = again.site.as_ref().filter(|site| site.start == site.first)?;
+    let trace = &again.machine.trace;
+    if trace.instructions != trace.site.len() as u64 {
+        return None;
+    }
+    let only_fills =
+        |i: &&Instruction| matches!(i.mnemonic(), Mnemonic::Nop | Mnemonic::Jmp | Mnemonic::Pause);
+    let native: Vec<&Instruction> = trace.site.iter().filter(|i| !only_fills(i)).collect();
+    let base = again.machine.memory.image_base();
+    let bytes = native.iter().flat_map(|i| {
+        let start = base.wrapping_add(i.ip32()).wrapping_sub(at.start) as usize;
+        at.bytes.get(start..start + i.len()).unwrap_or_default()
+    });
+    Some(SiteFacts {
+        instructions: native.iter().map(|i| super::rules::disassemble(i)).collect(),
+        bytes: hexadecimal(bytes),
+        system: system(native.iter().copied()),
+        written: registers(native.iter().copied()),
+    })
+}
+
+fn hexadecimal<'a>(bytes: impl IntoIterator<Item = &'a u8>) -> String {
+    bytes.into_iter().map(|byte| format!("{byte:02X}")).collect::<Vec<_>>().join(" ")
+}
+
+fn system<'a>(instructions: impl Iterator<Item = &'a Instruction>) -> Vec<String> {
     let mut names: Vec<String> = Vec::new();
-    for instruction in reached.instructions.values().filter(|i| is_system(i)) {
+    for instruction in instructions.filter(|i| is_system(i)) {
         let name = match instruction.mnemonic() {
             // Which debug register it is stands in the listing.
             Mnemonic::Mov if instruction.op0_register().is_dr() => "mov dr, reg".to_owned(),
@@ -344,11 +415,10 @@ fn system(reached: &Reach) -> Vec<String> {
     names
 }
 
-fn registers(reached: &Reach) -> Vec<&'static str> {
-    let places = reached.instructions.values().fold(0, |all, i| all | written(i));
-    let changes_flags = reached
-        .instructions
-        .values()
+fn registers<'a>(instructions: impl Iterator<Item = &'a Instruction> + Clone) -> Vec<&'static str> {
+    let places = instructions.clone().fold(0, |all, i| all | written(i));
+    let changes_flags = instructions
+        .clone()
         .any(|i| (i.rflags_written() | i.rflags_cleared() | i.rflags_set()) != 0);
     let mut names: Vec<&'static str> = (GENERAL.iter().enumerate())
         .filter(|(place, (name, _))| places & (1 << place) != 0 && *name != "ESP")
@@ -361,11 +431,11 @@ fn registers(reached: &Reach) -> Vec<&'static str> {
 }
 
 fn listing(code: &Code<'_>, reached: &Reach, executed: &BTreeSet<usize>) -> Vec<Line> {
-    let line = |(offset, instruction): (&usize, &iced_x86::Instruction)| {
+    let line = |(offset, instruction): (&usize, &Instruction)| {
         let bytes = code.image().get(*offset..offset + instruction.len()).unwrap_or_default();
         Line {
             offset: *offset,
-            bytes: bytes.iter().map(|byte| format!("{byte:02X}")).collect::<Vec<_>>().join(" "),
+            bytes: hexadecimal(bytes),
             text: super::rules::disassemble(instruction),
             executed: executed.contains(offset),
         }

@@ -2,8 +2,9 @@
 
 use super::COPY_BASE;
 use super::machine::registers::FREE;
-use super::machine::{Code, Machine, Memory, Region, Registers, Stop, flags};
+use super::machine::{Code, Machine, Memory, Region, Registers, Stop, WRITE_PROTECT, flags};
 use super::random::Random;
+use super::site::Site;
 use iced_x86::Register;
 use vmi_abi::flags::DeferredFlags;
 use vmi_abi::header::{SLOT_COUNT, SLOT_TABLE_SIZE};
@@ -26,7 +27,7 @@ pub const TASK_SELECTOR: u16 = 0x80;
 /// Selector of the local descriptor table.
 pub const LOCAL_SELECTOR: u16 = 0x88;
 
-/// Where a call returns to.
+/// Where `vmi_init` and `get_reloc` return to.
 pub const RETURN_ADDRESS: u32 = 0xc010_4567;
 /// Where an interrupted kernel goes on.
 pub const INTERRUPTED_KERNEL: u32 = 0xc017_7654;
@@ -63,6 +64,10 @@ pub struct Trial<'a> {
     pub frame: Vec<u32>,
     /// Linear address of that frame.
     pub frame_at: u32,
+    /// Where the call comes from; `None` for what is reached by a jump or asks for no site.
+    pub site: Option<Site>,
+    /// CR0 on entry.
+    pub control: u32,
 }
 
 /// What of the image lies in memory, and where.
@@ -102,6 +107,7 @@ pub fn plain<'a>(code: &'a Code<'a>, placement: Placement, offset: usize, seed: 
     let mut machine = Machine::new(code, memory, registers.clone(), random);
     machine.flat = vec![KERNEL_CS, KERNEL_DS, USER_DS, USER_CS];
     machine.stack_top = STACK_ENTRY + 4;
+    let control = machine.system.control[0];
     Trial {
         machine,
         entry: registers,
@@ -109,6 +115,8 @@ pub fn plain<'a>(code: &'a Code<'a>, placement: Placement, offset: usize, seed: 
         pages: vec![],
         frame: vec![],
         frame_at: 0,
+        site: None,
+        control,
     }
 }
 
@@ -139,8 +147,12 @@ pub fn call<'a>(
     let mut stack = stack(&mut random);
     let mut top = STACK_ENTRY;
     let called = !(transfers && kind.as_answers() == Some(Answers::JUMP_REL));
-    if called {
-        poke(&mut stack, top, RETURN_ADDRESS);
+    // A source of its own: with and without a site the rest of the state is the same.
+    let mut surroundings = Random::new(!seed);
+    let through_cs = contract.segments == Segments::StackOnly;
+    let site = called.then(|| Site::new(registers.eip, through_cs, seed, &mut surroundings));
+    if let Some(site) = &site {
+        poke(&mut stack, top, site.end);
         top += 4;
     }
     let frame_at = top;
@@ -197,8 +209,10 @@ pub fn call<'a>(
     let mut regions = vec![stack];
     regions.extend(pages.iter().map(|(_, page)| page.clone()));
     regions.extend(system_tables(call));
+    regions.extend(site.as_ref().and_then(|site| site.pointer.clone()));
     let mut memory = placement.memory(code, regions);
     memory.lenient = contract.group == Some(Group::Apic) || contract.ending == Ending::Stops;
+    memory.text = site.as_ref().map(|site| site.text(&mut surroundings));
     let mut machine = Machine::new(code, memory, registers.clone(), random);
     machine.flat = vec![KERNEL_CS, KERNEL_DS, USER_DS, USER_CS];
     machine.stack_top = top;
@@ -217,10 +231,57 @@ pub fn call<'a>(
         .position(|argument| argument.name == "entry")
         .and_then(|index| values.get(index))
         .map(|value| *value as u32);
-    Trial { machine, entry: registers, arguments: values, pages, frame, frame_at }
+    // Most kernels protect their text, but not all.
+    if surroundings.below(8) == 0 {
+        machine.system.control[0] &= !WRITE_PROTECT;
+    }
+    let control = machine.system.control[0];
+    Trial { machine, entry: registers, arguments: values, pages, frame, frame_at, site, control }
+}
+
+/// A machine that is about to make the same call from the site that `before` came from, as it was
+/// left, in a new state; `None` if the site is as it was, so that there would be nothing new to see.
+#[must_use]
+pub fn again<'a>(
+    code: &'a Code<'a>,
+    placement: Placement,
+    offset: usize,
+    declared: &Call,
+    kind: RelocationType,
+    seed: u64,
+    before: &Trial<'_>,
+) -> Option<Trial<'a>> {
+    let site = before.site.as_ref().filter(|_| before.rewrote())?;
+    let mut next = call(code, placement, offset, declared, kind, seed);
+    let regions = &mut next.machine.memory.regions;
+    regions
+        .retain(|region| next.site.as_ref().and_then(|site| site.pointer.as_ref()) != Some(region));
+    regions.extend(site.pointer.clone());
+    next.machine.memory.text.clone_from(&before.machine.memory.text);
+    next.machine.registers.eip = site.start;
+    // The return address is not on the stack yet.
+    next.machine.registers.set(Register::ESP, STACK_ENTRY + 4);
+    next.site = Some(Site { bytes: next.text_at_site(), ..site.clone() });
+    Some(next)
 }
 
 impl Trial<'_> {
+    /// Where the caller goes on.
+    #[must_use]
+    pub fn return_address(&self) -> u32 {
+        self.site.as_ref().map_or(RETURN_ADDRESS, |site| site.end)
+    }
+
+    /// Whether the site holds other bytes than before.
+    #[must_use]
+    pub fn rewrote(&self) -> bool {
+        self.site.as_ref().is_some_and(|site| site.bytes != self.text_at_site())
+    }
+
+    fn text_at_site(&self) -> Vec<u8> {
+        self.machine.memory.text.as_ref().map_or(Vec::new(), |text| text.site_bytes().to_vec())
+    }
+
     /// The value of an argument, by its name.
     #[must_use]
     pub fn argument(&self, call: &Call, name: &str) -> Option<u64> {
@@ -232,7 +293,7 @@ impl Trial<'_> {
     #[must_use]
     pub fn returned(&self, stop: Stop) -> bool {
         stop == Stop::Left
-            && self.machine.registers.eip == RETURN_ADDRESS
+            && self.machine.registers.eip == self.return_address()
             && self.machine.registers.ring() == 0
     }
 }

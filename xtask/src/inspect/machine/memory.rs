@@ -1,9 +1,10 @@
 //! What the code under inspection may touch, and what is in it.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 /// Memory that the code was given, besides the image.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Region {
     /// What it is, for messages.
     pub name: &'static str,
@@ -17,7 +18,7 @@ pub struct Region {
 
 impl Region {
     /// The place of `size` bytes in the region, if all of them are inside.
-    fn place(&self, address: u32, size: usize) -> Option<std::ops::Range<usize>> {
+    fn place(&self, address: u32, size: usize) -> Option<Range<usize>> {
         let start = address.checked_sub(self.base)? as usize;
         let end = start.checked_add(size)?;
         (end <= self.bytes.len()).then_some(start..end)
@@ -35,6 +36,74 @@ fn number(bytes: &[u8]) -> u64 {
     bytes.iter().rev().fold(0, |value, byte| (value << 8) | u64::from(*byte))
 }
 
+/// Text of the kernel around the place that a call came from: two pages, of which one is granted.
+#[derive(Clone, Debug)]
+pub struct Text {
+    /// Linear address of the first byte.
+    pub base: u32,
+    /// The bytes.
+    pub bytes: Vec<u8>,
+    /// The page that the code may read: the one that the call's last byte was fetched from.
+    pub granted: u32,
+    /// The instruction that calls, and where it is entered. Behind it the caller goes on.
+    pub site: Range<u32>,
+    /// Another processor that does the same: the bytes that it leaves, and how often the text is read
+    /// before they are there.
+    pub rival: Option<(u32, Vec<u8>)>,
+}
+
+impl Text {
+    /// Changes the bytes before and behind the site, as if they were of sites of their own.
+    pub fn change_neighbours(&mut self) {
+        for address in [self.site.start.wrapping_sub(1), self.site.end] {
+            if let Some(byte) = self.bytes.get_mut(address.wrapping_sub(self.base) as usize) {
+                *byte ^= 0xff;
+            }
+        }
+    }
+
+    /// To be called before each read.
+    pub(super) fn about_to_be_read(&mut self) {
+        match &mut self.rival {
+            Some((0, bytes)) => {
+                self.bytes = std::mem::take(bytes);
+                self.rival = None;
+            }
+            Some((reads, _)) => *reads -= 1,
+            None => {}
+        }
+    }
+
+    /// The place of `size` bytes in the granted page, if all of them are inside.
+    fn place(&self, address: u32, size: usize) -> Option<Range<usize>> {
+        let last = address.checked_add(size.checked_sub(1)? as u32)?;
+        let inside = |address: u32| address / PAGE as u32 == self.granted;
+        let start = address.checked_sub(self.base)? as usize;
+        (inside(address) && inside(last) && start + size <= self.bytes.len())
+            .then_some(start..start + size)
+    }
+
+    /// Whether an address is one of the text, granted or not.
+    #[must_use]
+    pub fn contains(&self, address: u32) -> bool {
+        (address.wrapping_sub(self.base) as usize) < self.bytes.len()
+    }
+
+    /// The bytes from an address of the site on; `None` outside the site.
+    #[must_use]
+    pub fn code_at(&self, address: u32) -> Option<&[u8]> {
+        let start = address.checked_sub(self.base).filter(|_| self.site.contains(&address))?;
+        self.bytes.get(start as usize..)
+    }
+
+    /// The bytes of the site.
+    #[must_use]
+    pub fn site_bytes(&self) -> &[u8] {
+        let place = |address: u32| address.wrapping_sub(self.base) as usize;
+        self.bytes.get(place(self.site.start)..place(self.site.end)).unwrap_or_default()
+    }
+}
+
 /// Why an access did not go as the code wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Denied {
@@ -42,11 +111,13 @@ pub enum Denied {
     Image,
     /// Memory that the code was not given.
     NotGranted,
+    /// Kernel text beside the granted page.
+    OtherText,
     /// More different pages than are remembered.
     Full,
 }
 
-/// Bytes of a page that was not given and is touched all the same.
+/// Bytes of a page.
 const PAGE: usize = 4096;
 
 /// Pages of it that are remembered: what a program fills must not become the host's memory.
@@ -61,6 +132,8 @@ pub struct Memory<'a> {
     pub regions: Vec<Region>,
     /// Whether memory that was not given may be touched all the same.
     pub lenient: bool,
+    /// Text around the place that a call came from; `None` where nobody may look for one.
+    pub text: Option<Text>,
     elsewhere: HashMap<u32, Box<[u8; PAGE]>>,
     full: bool,
 }
@@ -69,7 +142,15 @@ impl<'a> Memory<'a> {
     /// Memory with the image in it.
     #[must_use]
     pub fn new(image: &'a [u8], image_base: u32, regions: Vec<Region>) -> Self {
-        Self { image, image_base, regions, lenient: false, elsewhere: HashMap::new(), full: false }
+        Self {
+            image,
+            image_base,
+            regions,
+            lenient: false,
+            text: None,
+            elsewhere: HashMap::new(),
+            full: false,
+        }
     }
 
     /// Whether something was stored that could not be remembered.
@@ -97,11 +178,18 @@ impl<'a> Memory<'a> {
         (offset < self.image.len()).then_some(offset)
     }
 
+    /// Whether a store of `size` bytes reaches into kernel text.
+    #[must_use]
+    pub fn reaches_text(&self, address: u32, size: usize) -> bool {
+        let last = address.wrapping_add(size.saturating_sub(1) as u32);
+        self.text.as_ref().is_some_and(|text| text.contains(address) || text.contains(last))
+    }
+
     /// Reads up to 8 bytes.
     ///
     /// # Errors
     ///
-    /// [`Denied::NotGranted`].
+    /// [`Denied::NotGranted`], [`Denied::OtherText`].
     pub fn read(&self, address: u32, size: usize) -> Result<u64, Denied> {
         if let Some(offset) = self.offset_of(address)
             && let Some(bytes) = self.image.get(offset..offset + size)
@@ -110,6 +198,10 @@ impl<'a> Memory<'a> {
         }
         if let Some(value) = self.regions.iter().find_map(|region| region.number(address, size)) {
             return Ok(value);
+        }
+        if let Some(text) = self.text.as_ref().filter(|_| self.reaches_text(address, size)) {
+            let place = text.place(address, size).ok_or(Denied::OtherText)?;
+            return Ok(number(&text.bytes[place]));
         }
         if self.lenient {
             let byte = |i: u32| {
@@ -142,6 +234,12 @@ impl<'a> Memory<'a> {
                 region.bytes[place].copy_from_slice(&bytes[..size]);
                 return Ok(());
             }
+        }
+        if self.reaches_text(address, size) {
+            let text = self.text.as_mut().ok_or(Denied::NotGranted)?;
+            let place = text.place(address, size).ok_or(Denied::OtherText)?;
+            text.bytes[place].copy_from_slice(&bytes[..size]);
+            return Ok(());
         }
         if self.lenient {
             for (i, byte) in (0..).zip(&bytes[..size]) {

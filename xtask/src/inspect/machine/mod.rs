@@ -13,7 +13,7 @@ mod system;
 #[cfg(test)]
 mod tests;
 
-pub use memory::{Denied, Memory, Region};
+pub use memory::{Denied, Memory, Region, Text};
 pub use registers::Registers;
 pub use system::System;
 
@@ -24,6 +24,7 @@ use iced_x86::{
 };
 use std::cell::{Cell, RefCell};
 use std::fmt;
+use std::ops::Range;
 
 /// The image's code, decoded at most once.
 ///
@@ -49,6 +50,9 @@ struct Decoded {
 
 /// What it costs to follow an instruction without executing it. It is kept, and perhaps shown.
 const REACH_COST: u64 = 8;
+
+/// CR0.WP: while it is set, nothing is stored into pages that are read-only.
+pub const WRITE_PROTECT: u32 = 1 << 16;
 
 impl<'a> Code<'a> {
     /// An image's code.
@@ -95,14 +99,20 @@ impl<'a> Code<'a> {
             let bytes = self.image.get(offset..)?;
             let mut decoder = Decoder::with_ip(32, bytes, offset as u64, DecoderOptions::NONE);
             let instruction = decoder.decode();
-            *place = Some(Decoded {
-                instruction,
-                vector: is_vector(&instruction),
-                system: is_system(&instruction),
-                writes: written(&instruction),
-            });
+            *place = Some(Decoded::new(instruction));
         }
         *place
+    }
+}
+
+impl Decoded {
+    fn new(instruction: Instruction) -> Self {
+        Self {
+            instruction,
+            vector: is_vector(&instruction),
+            system: is_system(&instruction),
+            writes: written(&instruction),
+        }
     }
 }
 
@@ -233,6 +243,16 @@ pub enum Breach {
     },
     /// An instruction of x87, MMX, SSE or later extensions; it was skipped.
     Vector,
+    /// A read of kernel text in another page than the one the call came from.
+    OtherText {
+        /// Linear address.
+        address: u32,
+    },
+    /// A store into kernel text that write protection keeps out, or beside the granted page.
+    ProtectedText {
+        /// Linear address.
+        address: u32,
+    },
 }
 
 impl Breach {
@@ -245,6 +265,7 @@ impl Breach {
             Self::Segment { .. } => 3,
             Self::BelowStack { .. } | Self::CallerStack { .. } => 4,
             Self::Vector => 5,
+            Self::OtherText { .. } | Self::ProtectedText { .. } => 6,
         }
     }
 }
@@ -285,6 +306,18 @@ impl fmt::Display for Breach {
             Self::Vector => {
                 write!(f, "uses x87, MMX or SSE state, which belongs to the interrupted program")
             }
+            Self::OtherText { address } => {
+                write!(
+                    f,
+                    "reads kernel text at linear {address:08X}h, in another page than the call's last byte: it may not be mapped"
+                )
+            }
+            Self::ProtectedText { address } => {
+                write!(
+                    f,
+                    "stores into kernel text at linear {address:08X}h, which is read-only while CR0.WP is set"
+                )
+            }
         }
     }
 }
@@ -313,14 +346,20 @@ pub enum Stop {
 pub struct Trace {
     /// Instructions executed.
     pub instructions: u64,
+    /// Instructions executed at the call site, in order.
+    pub site: Vec<Instruction>,
+    /// Stores that changed kernel text, in order.
+    pub text_stores: Vec<TextStore>,
     /// Offsets executed, in order of first execution.
     pub offsets: Vec<usize>,
-    /// What it must not do, with the instruction's offset.
-    pub breaches: Vec<(usize, Breach)>,
+    /// What it must not do, with the instruction's offset; `None` at the call site.
+    pub breaches: Vec<(Option<usize>, Breach)>,
     /// Mnemonics of instructions that reach beyond the program, in order.
-    pub events: Vec<(usize, Mnemonic)>,
-    /// The last instruction's offset.
-    pub last: usize,
+    pub events: Vec<(Option<usize>, Mnemonic)>,
+    /// The last instruction's offset; `None` at the call site.
+    pub last: Option<usize>,
+    /// The last instruction's mnemonic.
+    pub mnemonic: Mnemonic,
     /// Whether the last instruction stood in the shadow of STI.
     pub shadowed: bool,
     /// For each general register the offset of the last instruction that wrote it.
@@ -328,11 +367,26 @@ pub struct Trace {
     /// The last instruction that wrote flags.
     pub flags_writer: Option<usize>,
     /// Values that the watched place took, with the instruction's offset.
-    pub watched: Vec<(usize, u64)>,
-    /// For each offset [`EXECUTED`] and the kinds of breaches that are known of it.
+    pub watched: Vec<(Option<usize>, u64)>,
+    /// For each offset [`EXECUTED`] and the kinds of breaches that are known of it; the call site comes last.
     seen: Vec<u8>,
     /// Breaches kept, by kind.
-    kept: [usize; 6],
+    kept: [usize; 7],
+}
+
+/// A store that changed kernel text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TextStore {
+    /// The instruction's offset; `None` at the call site.
+    pub offset: Option<usize>,
+    /// Addresses that it covered.
+    pub covered: Range<u32>,
+    /// From the first to the last byte that it changed.
+    pub changed: Range<u32>,
+    /// Whether no other processor could come between its read and its store.
+    pub locked: bool,
+    /// Whether an interrupt could come while write protection was off.
+    pub interruptible: bool,
 }
 
 /// Marks an offset that was executed, beside the bits of [`Breach::kind`].
@@ -343,6 +397,9 @@ const BREACHES_KEPT: usize = 64;
 
 /// Events kept of a run; loops may make any number.
 const EVENTS_KEPT: usize = 256;
+
+/// Instructions of the call site, and stores into text, that are kept of a run.
+const TEXT_KEPT: usize = 16;
 
 /// The machine.
 #[derive(Clone, Debug)]
@@ -365,6 +422,7 @@ pub struct Machine<'a> {
     entry_esp: u32,
     lowest: u32,
     shadow: bool,
+    locked: bool,
 }
 
 impl<'a> Machine<'a> {
@@ -378,7 +436,7 @@ impl<'a> Machine<'a> {
         random: Random,
     ) -> Self {
         let esp = registers.get(Register::ESP);
-        let trace = Trace { seen: vec![0; code.image.len()], ..Trace::default() };
+        let trace = Trace { seen: vec![0; code.image.len() + 1], ..Trace::default() };
         Self {
             code,
             registers,
@@ -391,6 +449,7 @@ impl<'a> Machine<'a> {
             entry_esp: esp,
             lowest: esp,
             shadow: false,
+            locked: false,
         }
     }
 
@@ -432,26 +491,38 @@ impl<'a> Machine<'a> {
         if self.registers.ring() != 0 {
             return Err(Stop::Left);
         }
-        let decoded = self
-            .memory
-            .offset_of(self.registers.eip)
-            .and_then(|offset| Some((offset, self.code.lookup(offset)?)));
-        let Some((offset, decoded)) = decoded else { return Err(Stop::Left) };
-        if !self.code.spend(1) || self.memory.is_full() {
+        let offset = self.memory.offset_of(self.registers.eip);
+        let decoded = match offset {
+            Some(offset) => self.code.lookup(offset),
+            None => self.at_site(),
+        };
+        let Some(decoded) = decoded else { return Err(Stop::Left) };
+        // What stands at a site is decoded each time: it may have changed.
+        let cost = if offset.is_some() { 1 } else { REACH_COST };
+        if !self.code.spend(cost) || self.memory.is_full() {
             return Err(Stop::Fuel);
         }
 
         let instruction = decoded.instruction;
         // Where only a part of the image lies in memory, its last instruction may be cut off.
-        if offset + instruction.len() > self.memory.image_length() {
+        if offset.is_some_and(|offset| offset + instruction.len() > self.memory.image_length()) {
             return Err(Stop::Left);
         }
         self.trace.instructions += 1;
         self.trace.last = offset;
+        self.trace.mnemonic = instruction.mnemonic();
         self.trace.shadowed = std::mem::take(&mut self.shadow);
-        if let Some(seen) = self.trace.seen.get_mut(offset).filter(|seen| **seen & EXECUTED == 0) {
-            *seen |= EXECUTED;
-            self.trace.offsets.push(offset);
+        self.locked = instruction.has_lock_prefix();
+        match offset {
+            Some(offset) => {
+                let seen = self.trace.seen.get_mut(offset);
+                if let Some(seen) = seen.filter(|seen| **seen & EXECUTED == 0) {
+                    *seen |= EXECUTED;
+                    self.trace.offsets.push(offset);
+                }
+            }
+            None if self.trace.site.len() < TEXT_KEPT => self.trace.site.push(instruction),
+            None => {}
         }
         if instruction.is_invalid() {
             return Err(Stop::Interrupt(6));
@@ -467,21 +538,32 @@ impl<'a> Machine<'a> {
         let flags = self.registers.eflags;
         self.execute(&instruction)?;
         if flags != self.registers.eflags {
-            self.trace.flags_writer = Some(offset);
+            self.trace.flags_writer = offset;
         }
         let mut writes = decoded.writes;
         while writes != 0 {
-            self.trace.writers[writes.trailing_zeros() as usize & 7] = Some(offset);
+            self.trace.writers[writes.trailing_zeros() as usize & 7] = offset;
             writes &= writes - 1;
         }
         self.note_depth(self.registers.get(Register::ESP));
         Ok(())
     }
 
+    /// The instruction at the call site that is to be executed next.
+    fn at_site(&self) -> Option<Decoded> {
+        let eip = self.registers.eip;
+        let bytes = self.memory.text.as_ref()?.code_at(eip)?;
+        // Like the image's instructions it counts from the image's first byte.
+        let place = eip.wrapping_sub(self.memory.image_base());
+        let mut decoder = Decoder::with_ip(32, bytes, u64::from(place), DecoderOptions::NONE);
+        Some(Decoded::new(decoder.decode()))
+    }
+
     fn breach(&mut self, breach: Breach) {
         let kind = breach.kind();
+        let place = self.trace.last.unwrap_or(self.code.image.len());
         let (Some(seen), Some(kept)) =
-            (self.trace.seen.get_mut(self.trace.last), self.trace.kept.get_mut(kind))
+            (self.trace.seen.get_mut(place), self.trace.kept.get_mut(kind))
         else {
             return;
         };
@@ -520,10 +602,18 @@ impl<'a> Machine<'a> {
     }
 
     fn read(&mut self, address: u32, size: usize) -> u64 {
+        if self.memory.reaches_text(address, size)
+            && let Some(text) = &mut self.memory.text
+        {
+            text.about_to_be_read();
+        }
         match self.memory.read(address, size) {
             Ok(value) => value,
-            Err(_) => {
-                self.breach(Breach::Read { address });
+            Err(denied) => {
+                self.breach(match denied {
+                    Denied::OtherText => Breach::OtherText { address },
+                    _ => Breach::Read { address },
+                });
                 self.system.random.bits() & (u64::MAX >> (64 - 8 * size.clamp(1, 8)))
             }
         }
@@ -547,10 +637,13 @@ impl<'a> Machine<'a> {
     }
 
     fn write(&mut self, address: u32, size: usize, value: u64) {
+        if self.memory.reaches_text(address, size) {
+            return self.write_text(address, size, value);
+        }
         match self.memory.write(address, size, value) {
             Ok(()) => {}
             Err(Denied::Image) => self.breach(Breach::StoreIntoImage { address }),
-            Err(Denied::NotGranted) => self.breach(Breach::Write { address }),
+            Err(Denied::NotGranted | Denied::OtherText) => self.breach(Breach::Write { address }),
             // The next instruction is not executed any more.
             Err(Denied::Full) => {}
         }
@@ -566,6 +659,28 @@ impl<'a> Machine<'a> {
         {
             self.trace.watched.push((self.trace.last, value));
         }
+    }
+
+    fn write_text(&mut self, address: u32, size: usize, value: u64) {
+        let is_protected = self.system.control[0] & WRITE_PROTECT != 0;
+        let before = self.memory.read(address, size).ok().filter(|_| !is_protected);
+        let (Some(before), Ok(())) = (before, self.memory.write(address, size, value)) else {
+            return self.breach(Breach::ProtectedText { address });
+        };
+        let mask = u64::MAX >> (64 - 8 * size.clamp(1, 8));
+        let changed = (before ^ value) & mask;
+        if changed == 0 || self.trace.text_stores.len() >= TEXT_KEPT {
+            return;
+        }
+        let first = address + changed.trailing_zeros() / 8;
+        let end = address + 8 - changed.leading_zeros() / 8;
+        self.trace.text_stores.push(TextStore {
+            offset: self.trace.last,
+            covered: address..address + size as u32,
+            changed: first..end,
+            locked: self.locked,
+            interruptible: self.registers.eflags & flags::INTERRUPT != 0,
+        });
     }
 
     fn push(&mut self, value: u32, size: usize) {

@@ -10,14 +10,28 @@ use crate::inspect::trial::{self, Placement};
 use crate::inspect::{HIGH_BASE, Interface, LOW_BASE};
 use iced_x86::Register;
 use vmi_abi::header::SLOT_COUNT;
-use vmi_abi::{Answers, Group, REVISION_13_3, RelocationType, STACK_LIMIT};
+use vmi_abi::{Answers, Group, KEEP_SITE, REVISION_13_3, RelocationType, STACK_LIMIT};
 
 /// Times that each call is asked for: with them a ROM gets as many questions as in a boot of Linux.
 const ROUNDS: usize = 60;
 
 /// Numbers that name no call.
-const BEYOND: [u32; 12] =
-    [74, 75, 87, 100, 127, 128, 255, 256, 0x1_0000, 0x2000_0000, 0x8000_0000, 0xffff_ffff];
+const BEYOND: [u32; 14] = [
+    74,
+    75,
+    87,
+    100,
+    127,
+    128,
+    255,
+    256,
+    0x1_0000,
+    0x2000_0000,
+    KEEP_SITE,
+    KEEP_SITE | 74,
+    KEEP_SITE | 128,
+    0xffff_ffff,
+];
 
 /// Instructions for an answer that this project grants its own image.
 const OWN_LIMIT: u64 = 24;
@@ -77,7 +91,7 @@ fn ended(
     budget: u64,
     report: &mut Report,
 ) -> bool {
-    let at = Some(machine.trace.last);
+    let at = machine.trace.last;
     let detail = match stop {
         Stop::Left if machine.registers.eip == trial::RETURN_ADDRESS => return true,
         Stop::Left => match machine.missed() {
@@ -124,7 +138,7 @@ fn keeps(
     let by = machine.registers.get(Register::ESP).wrapping_sub(expected) as i32;
     if by != 0 {
         let detail = format!("returns with ESP {by:+} bytes from where the caller expects it");
-        report.code(code, subject, Rule::StackBalance, Some(machine.trace.last), detail);
+        report.code(code, subject, Rule::StackBalance, machine.trace.last, detail);
     }
     let changed = (entry.eflags ^ machine.registers.eflags) & !flags::ARITHMETIC;
     if changed != 0 {
@@ -158,6 +172,8 @@ pub(super) fn check(
         asking.check_beyond(report);
         if has_slots {
             asking.check_copy(high, report);
+        } else {
+            asking.check_keep_site(high, low, report);
         }
     }
     let reached = reach(code, lookup.offset, executed.offsets(), false);
@@ -265,8 +281,16 @@ impl<'a> Asking<'a> {
         let revision = self.interface.revision;
         // What a later minor revision has in the other slots is not known.
         let later = revision.has_slots() && revision.minor > REVISION_13_3.minor;
-        let names_none =
-            |number: u32| revision.call(number).is_none() && !(later && number < SLOT_COUNT as u32);
+        let keeps = |number: u32| {
+            !revision.has_slots()
+                && number & KEEP_SITE != 0
+                && revision.call(number ^ KEEP_SITE).is_some()
+        };
+        let names_none = |number: u32| {
+            revision.call(number).is_none()
+                && !(later && number < SLOT_COUNT as u32)
+                && !keeps(number)
+        };
         for number in BEYOND.into_iter().filter(|number| names_none(*number)) {
             let (asked, answer) = self.ask(WHOLE[0], number, 0x9000 + u64::from(number));
             self.judge(&asked, Rule::GetReloc, report);
@@ -283,6 +307,41 @@ impl<'a> Asking<'a> {
         }
     }
 
+    /// What is asked with [`KEEP_SITE`] is answered as without, or NONE by a ROM that does not know it.
+    fn check_keep_site(&self, high: &Table, low: &Table, report: &mut Report) {
+        for (number, _) in self.interface.calls() {
+            let subject = Subject::call(Some(self.interface), number);
+            let [mut first, mut second] = [None, None];
+            for (kept, placement) in [&mut first, &mut second].into_iter().zip(WHOLE) {
+                let (asked, answer) =
+                    self.ask(placement, number | KEEP_SITE, 0xa000 + u64::from(number));
+                self.judge(&asked, Rule::GetReloc, report);
+                *kept = answer;
+            }
+            let (Some(kept), Some(plain)) = (first, high.answer_at(number)) else { continue };
+            let place = |answer: Option<answers::Answer>| answer.map(|a| (a.kind, a.offset));
+            let asked_again =
+                [place(high.keep_site_at(number)), place(low.keep_site_at(number)), place(second)];
+            if asked_again.iter().any(|other| *other != place(first)) {
+                let detail = "asked for code that keeps its site, answers differently at another base or another time";
+                report.code(self.code, &subject, Rule::Constancy, None, detail);
+            } else if kept.kind != RelocationType::NONE && kept.kind != plain.kind {
+                let detail = format!(
+                    "answered {}, and {} where code that keeps its site is asked for",
+                    kind_name(plain.kind),
+                    kind_name(kept.kind)
+                );
+                report.code(self.code, &subject, Rule::Answer, None, detail);
+            } else if kept.kind.has_address() && kept.offset.is_none() {
+                let detail = format!(
+                    "answered with linear {:08X}h, outside the image, where code that keeps its site is asked for",
+                    kept.eip
+                );
+                report.code(self.code, &subject, Rule::Answer, None, detail);
+            }
+        }
+    }
+
     /// The answers of a copy of the slots are those of the whole, seen from where the copy lies.
     fn check_copy(&self, high: &Table, report: &mut Report) {
         for (number, _) in self.interface.calls() {
@@ -291,7 +350,7 @@ impl<'a> Asking<'a> {
             let machine = &asked.start.machine;
             if let Some((at, breach)) = machine.trace.breaches.first() {
                 let detail = format!("in a copy of the slots: {breach}");
-                return report.code(self.code, &self.subject, Rule::Copy, Some(*at), detail);
+                return report.code(self.code, &self.subject, Rule::Copy, *at, detail);
             }
             let same = high.answer_at(number).is_some_and(|first| {
                 let distance = |eip: u32, base: u32| eip.wrapping_sub(base);

@@ -4,8 +4,9 @@ use super::{Report, Rule, Subject, effects, slots};
 use crate::inspect::answers::Table;
 use crate::inspect::interface::Entry;
 use crate::inspect::machine::registers::{GENERAL, SEGMENTS};
-use crate::inspect::machine::{Code, Stop, flags};
+use crate::inspect::machine::{Code, Machine, Stop, WRITE_PROTECT, flags};
 use crate::inspect::reach::{Executed, reach};
+use crate::inspect::site::WORD;
 use crate::inspect::trial::{self, Placement, Trial};
 use crate::inspect::{HIGH_BASE, Interface, LOW_BASE};
 use iced_x86::Register;
@@ -20,12 +21,25 @@ const STOPPING_TRIALS: u64 = 4;
 /// Instructions that a call may take before it is said not to return.
 const CALL_BUDGET: u64 = 200_000;
 
+/// Reads of kernel text before each of which another processor may change it.
+const RACE_READS: u32 = 16;
+
+/// How often a call may change its site, from call to call, until nothing is left to change.
+const SITE_CHANGES: u64 = 3;
+
 /// Instructions after which a call that must not return is believed, once; then a tenth of it.
 const STOPPING_BUDGET: u64 = 600_000;
 
 pub(super) fn check(code: &Code<'_>, interface: &Interface, table: &Table, report: &mut Report) {
     for (number, call) in interface.calls().filter(|(number, _)| !interface.is_function(*number)) {
-        for entry in interface.entries(table, number, call) {
+        let keeping = interface.keep_site_entry(table, number);
+        let is_keeping = |entry: &Entry| keeping.is_some_and(|other| other.offset == entry.offset);
+        let mut entries = interface.entries(table, number, call);
+        for entry in &mut entries {
+            entry.keeps_site = is_keeping(entry);
+        }
+        let elsewhere = keeping.filter(|_| !entries.iter().any(is_keeping));
+        for entry in entries {
             let subject = Subject { name: call.name, call: Some(number) };
             if entry.is_slot && !slots::has_code(code, &subject, entry.offset, report) {
                 continue;
@@ -33,6 +47,19 @@ pub(super) fn check(code: &Code<'_>, interface: &Interface, table: &Table, repor
             let most = check_call(code, interface, call, subject, entry, report);
             report.ran(number, most);
         }
+        if let Some(entry) = elsewhere {
+            let subject = Subject { name: call.name, call: Some(number) };
+            check_call(code, interface, call, subject, entry, report);
+        }
+    }
+    // It may know that there is one processor, as in the memory of a running machine: who can tell?
+    let count = report.one_processor.len();
+    if count != 0 {
+        let detail = format!(
+            "not decided: {count} calls change sites that lie in two aligned words of {WORD} bytes, which is right on a \
+             machine with one processor only"
+        );
+        report.note("image", detail);
     }
 }
 
@@ -45,11 +72,19 @@ fn check_call(
     entry: Entry,
     report: &mut Report,
 ) -> u64 {
-    let mut check =
-        Check { code, call, subject, report, kept: Registers::empty(), deeds: Deeds::default() };
+    let mut check = Check {
+        code,
+        call,
+        subject,
+        report,
+        kept: Registers::empty(),
+        deeds: Deeds::default(),
+        keeps_site: entry.keeps_site,
+        place: String::new(),
+    };
     let stops = call.contract.ending == Ending::Stops;
     let trials = if stops { STOPPING_TRIALS } else { TRIALS };
-    let Entry { offset, kind, is_slot } = entry;
+    let Entry { offset, kind, is_slot, .. } = entry;
     let mut copies = is_slot;
     let mut executed = Executed::new(code);
     let mut most = 0;
@@ -68,6 +103,25 @@ fn check_call(
         let goes_on = check.judge(&high, stop);
         if !goes_on {
             break;
+        }
+        let mut before = high.clone();
+        for time in 1..=SITE_CHANGES {
+            let placement = Placement::whole(HIGH_BASE);
+            let seed = seed + trials * time;
+            let next = trial::again(code, placement, offset, call, kind, seed, &before);
+            let Some(mut next) = next else { break };
+            let stop = next.machine.run(budget);
+            executed.add(&next.machine.trace);
+            check.judge(&next, stop);
+            if time == SITE_CHANGES && next.rewrote() {
+                let detail = "changes its call site each time that it is called from there";
+                check.once(Rule::Site, next.machine.trace.last, detail);
+            }
+            before = next;
+        }
+        if high.rewrote() {
+            let fresh = || trial::call(code, Placement::whole(HIGH_BASE), offset, call, kind, seed);
+            check.race(&high, fresh, budget, &mut executed);
         }
         if stops && seed > 0 {
             continue;
@@ -113,6 +167,10 @@ pub(super) struct Check<'a, 'b> {
     kept: Registers,
     /// What the call was seen to do.
     pub(super) deeds: Deeds,
+    /// Whether the code was asked for with [`KEEP_SITE`](vmi_abi::KEEP_SITE).
+    keeps_site: bool,
+    /// What is to be said of where the execution under judgement went besides the image.
+    place: String,
 }
 
 /// What a call that returned was seen to do, in any execution.
@@ -142,6 +200,7 @@ impl Check<'_, '_> {
         offset: Option<usize>,
         detail: impl Into<String>,
     ) {
+        let detail = format!("{}{}", self.place, detail.into());
         self.report.code(self.code, &self.subject, rule, offset, detail);
     }
 
@@ -161,26 +220,38 @@ impl Check<'_, '_> {
     fn judge(&mut self, trial: &Trial<'_>, stop: Stop) -> bool {
         let trace = &trial.machine.trace;
         self.report.breaches(self.code, &self.subject, &trace.breaches);
+        self.judge_site(trial);
+        self.place = match trace.site.is_empty() {
+            true => String::new(),
+            false => format!("with `{}` at the call site: ", super::at_site(&trace.site)),
+        };
+        let goes_on = self.judge_contract(trial, stop);
+        self.place.clear();
+        goes_on
+    }
+
+    fn judge_contract(&mut self, trial: &Trial<'_>, stop: Stop) -> bool {
+        let trace = &trial.machine.trace;
         let depth = trial.machine.stack_depth();
         if depth > STACK_LIMIT {
             let detail =
                 format!("uses {depth} bytes of the caller's stack, {STACK_LIMIT} are granted");
-            self.once(Rule::StackUse, Some(trace.last), detail);
+            self.once(Rule::StackUse, trace.last, detail);
         }
         match stop {
             Stop::Undecided => {
                 let detail = "cannot decide: this instruction is not known to the inspector";
-                self.violation(Rule::Undecided, Some(trace.last), detail);
+                self.violation(Rule::Undecided, trace.last, detail);
                 return true;
             }
             Stop::Fuel => {
                 let detail = super::OUT_OF_FUEL;
-                self.once(Rule::Undecided, Some(trace.last), detail);
+                self.once(Rule::Undecided, trace.last, detail);
                 return false;
             }
             Stop::Interrupt(vector) => {
                 let detail = format!("raises exception or interrupt {vector}");
-                self.violation(Rule::Ending, Some(trace.last), detail);
+                self.violation(Rule::Ending, trace.last, detail);
                 return true;
             }
             _ => {}
@@ -197,9 +268,9 @@ impl Check<'_, '_> {
 
     fn judge_return(&mut self, trial: &Trial<'_>, stop: Stop) -> bool {
         let machine = &trial.machine;
-        let at = Some(machine.trace.last);
+        let at = machine.trace.last;
         match stop {
-            Stop::Left if machine.registers.eip == trial::RETURN_ADDRESS => {}
+            Stop::Left if machine.registers.eip == trial.return_address() => {}
             Stop::Left => {
                 let detail = format!(
                     "does not return to its caller: leaves the image for {:04X}:{:08X}h",
@@ -237,6 +308,7 @@ impl Check<'_, '_> {
             self.violation(Rule::StackBalance, at, detail);
         }
         self.judge_registers(trial, self.call.contract.may_change() | Registers::ESP);
+        self.judge_write_protection(trial);
         effects::judge_flags(self, trial);
         effects::judge_effect(self, trial);
         effects::note_deeds(self, trial);
@@ -262,7 +334,7 @@ impl Check<'_, '_> {
         for segment in SEGMENTS {
             if trial.entry.get(segment) != machine.registers.get(segment) {
                 let detail = format!("changes {segment:?}, which the call must keep");
-                self.violation(Rule::Register, Some(machine.trace.last), detail);
+                self.violation(Rule::Register, machine.trace.last, detail);
             }
         }
     }
@@ -270,6 +342,7 @@ impl Check<'_, '_> {
     fn register(&mut self, offset: Option<usize>, detail: String) {
         let instruction =
             offset.and_then(|offset| self.code.at(offset)).map(|i| super::disassemble(&i));
+        let detail = format!("{}{detail}", self.place);
         self.report.violations.push(super::Violation {
             rule: Rule::Register,
             call: self.subject.call,
@@ -282,7 +355,7 @@ impl Check<'_, '_> {
 
     fn judge_iret(&mut self, trial: &Trial<'_>, stop: Stop) -> bool {
         let machine = &trial.machine;
-        let at = Some(machine.trace.last);
+        let at = machine.trace.last;
         if stop != Stop::Left {
             let detail = format!("does not end in an interrupt return ({})", told(stop));
             self.once(Rule::Ending, at, detail);
@@ -292,7 +365,7 @@ impl Check<'_, '_> {
         let registers = &machine.registers;
         if Some(registers.eip) != word(0) {
             let detail = match registers.eip {
-                trial::RETURN_ADDRESS => {
+                eip if eip == trial.return_address() => {
                     "takes the return address for the frame: reached by CALL_REL, it must drop it".to_owned()
                 }
                 eip if Some(eip) == word(1) => {
@@ -335,6 +408,7 @@ impl Check<'_, '_> {
             }
         }
         self.judge_registers_of(trial, Registers::ESP);
+        self.judge_write_protection(trial);
         true
     }
 
@@ -354,7 +428,7 @@ impl Check<'_, '_> {
 
     fn judge_sysexit(&mut self, trial: &Trial<'_>, stop: Stop) -> bool {
         let machine = &trial.machine;
-        let at = Some(machine.trace.last);
+        let at = machine.trace.last;
         if stop != Stop::Left || machine.registers.ring() != 3 {
             let detail = match stop {
                 Stop::Left => format!(
@@ -378,10 +452,7 @@ impl Check<'_, '_> {
                 self.once(Rule::Ending, at, detail);
             }
         }
-        let by_frame = self
-            .code
-            .at(machine.trace.last)
-            .is_some_and(|i| i.mnemonic() == iced_x86::Mnemonic::Iretd);
+        let by_frame = machine.trace.mnemonic == iced_x86::Mnemonic::Iretd;
         if registers.eflags & flags::INTERRUPT == 0 {
             self.once(Rule::Flags, at, "goes to user mode with interrupts disabled");
         } else if !machine.trace.shadowed && !by_frame {
@@ -396,16 +467,110 @@ impl Check<'_, '_> {
             self.once(Rule::Flags, machine.trace.flags_writer, detail);
         }
         self.judge_registers_of(trial, Registers::ESP);
+        self.judge_write_protection(trial);
         true
+    }
+
+    /// What became of the call site, and of the text around it.
+    fn judge_site(&mut self, trial: &Trial<'_>) {
+        let Some(site) = &trial.site else { return };
+        let stores = &trial.machine.trace.text_stores;
+        for store in stores {
+            let at = store.offset;
+            let (first, end) = (store.changed.start, store.changed.end);
+            let beside = first < site.first || end > site.end;
+            let crosses = first / WORD != (end - 1) / WORD;
+            if self.keeps_site {
+                let detail =
+                    "changes its call site, although the guest asked for code that does not";
+                self.violation(Rule::Site, at, detail);
+            } else if beside {
+                let detail = "changes kernel text beside the instruction that called it";
+                self.violation(Rule::Site, at, detail);
+            } else if !site.proven {
+                let detail = "changes a call site whose bytes do not prove that it calls this code";
+                self.violation(Rule::Site, at, detail);
+            } else if stores.len() > 1 {
+                let detail = "changes its call site by more than one store: another processor may execute what is half done";
+                self.violation(Rule::Site, at, detail);
+            } else if crosses && !store.locked {
+                let detail = "changes bytes in two aligned words of 8 bytes: another processor may execute what is half done";
+                self.violation(Rule::Site, at, detail);
+            } else if !store.locked
+                && (store.covered.start < site.first || store.covered.end > site.end)
+            {
+                let detail = "stores over bytes beside its call site without a LOCK prefix: what another processor \
+                              writes there can be lost";
+                self.violation(Rule::Site, at, detail);
+            } else if store.interruptible && trial.control & WRITE_PROTECT != 0 {
+                let detail = "clears CR0.WP with interrupts enabled: an interrupt may go on without write protection";
+                self.violation(Rule::Site, at, detail);
+            } else if crosses {
+                self.report.one_processor.insert(self.subject.name);
+            }
+        }
+    }
+
+    /// The same again, while another processor makes of the site what `before` made of it, and of the
+    /// bytes beside it something else.
+    fn race<'b>(
+        &mut self,
+        before: &Trial<'_>,
+        fresh: impl Fn() -> Trial<'b>,
+        budget: u64,
+        executed: &mut Executed,
+    ) {
+        let Some(mut after) = before.machine.memory.text.clone() else { return };
+        after.change_neighbours();
+        for reads in 0..RACE_READS {
+            let mut raced = fresh();
+            if let Some(text) = &mut raced.machine.memory.text {
+                text.rival = Some((reads, after.bytes.clone()));
+            }
+            let stop = raced.machine.run(budget);
+            executed.add(&raced.machine.trace);
+            let Some(text) = &raced.machine.memory.text else { return };
+            if text.rival.is_some() {
+                return;
+            }
+            if text.bytes != after.bytes {
+                let detail = "another processor changed the call site in the meantime, and what it put there is lost";
+                self.once(Rule::Site, raced.machine.trace.last, detail);
+            }
+            self.judge_race(&raced, stop);
+        }
+    }
+
+    /// What was stored is known to be right or wrong; this is about the call.
+    fn judge_race(&mut self, raced: &Trial<'_>, stop: Stop) {
+        self.report.breaches(self.code, &self.subject, &raced.machine.trace.breaches);
+        self.place = "while another processor changes the call site: ".to_owned();
+        self.judge_contract(raced, stop);
+        self.place.clear();
+    }
+
+    /// CR0.WP as it was, or as SetCR0 has it.
+    fn judge_write_protection(&mut self, trial: &Trial<'_>) {
+        let machine = &trial.machine;
+        let after = machine.system.control[0];
+        let asked = match self.call.number {
+            Some(number::SetCR0) => trial.entry.get(Register::EAX),
+            _ => trial.control,
+        };
+        if [trial.control, asked].iter().all(|wanted| (wanted ^ after) & WRITE_PROTECT != 0) {
+            let state = if after & WRITE_PROTECT == 0 { "clear" } else { "set" };
+            let detail = format!("leaves CR0.WP {state}, which it was not before");
+            self.once(Rule::Site, machine.trace.last, detail);
+        }
     }
 
     fn judge_end(&mut self, trial: &Trial<'_>, stop: Stop) -> bool {
         let machine = &trial.machine;
-        let at = Some(machine.trace.last);
+        let at = machine.trace.last;
         let off = self.call.number == Some(number::Shutdown);
         match stop {
             Stop::Left => {
-                let detail = if machine.registers.eip == trial::RETURN_ADDRESS {
+                let detail = if machine.registers.eip == trial.return_address() {
                     "returns to its caller, which expects to be gone".to_owned()
                 } else {
                     format!("leaves the image for linear {:08X}h", machine.registers.eip)
@@ -435,7 +600,7 @@ impl Check<'_, '_> {
         let detail =
             format!("with the image at linear {HIGH_BASE:08X}h and {LOW_BASE:08X}h: {difference}");
         let last = b.trace.breaches.first().map_or(b.trace.last, |(offset, _)| *offset);
-        self.once(Rule::Base, Some(last), detail);
+        self.once(Rule::Base, last, detail);
         false
     }
 
@@ -448,10 +613,11 @@ impl Check<'_, '_> {
         copy_stop: Stop,
     ) -> bool {
         let trace = &copy.machine.trace;
-        let known =
-            |offset: usize| whole.machine.trace.breaches.iter().any(|(at, _)| *at == offset);
+        let known = |offset: Option<usize>| {
+            whole.machine.trace.breaches.iter().any(|(at, _)| *at == offset)
+        };
         let (at, detail) = if copy_stop == Stop::Fuel {
-            self.once(Rule::Undecided, Some(trace.last), super::OUT_OF_FUEL);
+            self.once(Rule::Undecided, trace.last, super::OUT_OF_FUEL);
             return false;
         } else if let Some(offset) = copy.machine.missed().filter(|_| copy_stop == Stop::Left) {
             (trace.last, slots::leaves(offset))
@@ -462,7 +628,7 @@ impl Check<'_, '_> {
         } else {
             return true;
         };
-        self.violation(Rule::Copy, Some(at), detail);
+        self.violation(Rule::Copy, at, detail);
         false
     }
 
@@ -475,7 +641,7 @@ impl Check<'_, '_> {
         low_stop: Stop,
     ) -> Option<String> {
         let (a, b) = (&high.machine, &low.machine);
-        let places = |trial: &Trial<'_>| -> Vec<usize> {
+        let places = |trial: &Trial<'_>| -> Vec<Option<usize>> {
             trial.machine.trace.breaches.iter().map(|(offset, _)| *offset).collect()
         };
         if stop != low_stop {
@@ -486,11 +652,7 @@ impl Check<'_, '_> {
             Some("goes on at different places".to_owned())
         } else if a.trace.offsets != b.trace.offsets {
             Some("takes different ways".to_owned())
-        } else if a.memory.regions[1..]
-            .iter()
-            .map(|r| &r.bytes)
-            .ne(b.memory.regions[1..].iter().map(|r| &r.bytes))
-        {
+        } else if stored(a).ne(stored(b)) || high.rewrote() != low.rewrote() {
             Some("stores different values".to_owned())
         } else if stop == Stop::Left {
             let names: Vec<&str> = GENERAL
@@ -507,6 +669,11 @@ impl Check<'_, '_> {
             None
         }
     }
+}
+
+/// What lies in the memory that the call may change, the stack left out.
+fn stored<'a>(machine: &'a Machine<'_>) -> impl Iterator<Item = &'a [u8]> {
+    machine.memory.regions.iter().skip(1).filter(|r| r.writable).map(|r| r.bytes.as_slice())
 }
 
 /// How an execution ended, in words.

@@ -27,7 +27,7 @@ pub(super) fn judge_flags(check: &mut Check<'_, '_>, trial: &Trial<'_>) {
     } else {
         before
     };
-    let at = machine.trace.flags_writer.or(Some(machine.trace.last));
+    let at = machine.trace.flags_writer.or(machine.trace.last);
     if (wanted ^ after) & mask != 0 {
         let state = |flags: u32| if flags & mask != 0 { "enabled" } else { "disabled" };
         let detail =
@@ -53,7 +53,7 @@ pub(super) fn judge_flags(check: &mut Check<'_, '_>, trial: &Trial<'_>) {
             is(machine.registers.get(Register::EAX) & mask != 0),
             is(before & mask != 0)
         );
-        check.once(Rule::Effect, Some(machine.trace.last), detail);
+        check.once(Rule::Effect, machine.trace.last, detail);
     }
 }
 
@@ -127,7 +127,7 @@ fn judge_slot_effect(check: &mut Check<'_, '_>, trial: &Trial<'_>) {
         slot::TestAndClearPxEBit | slot::TestAndClearPxELongBit => old & !bit,
         _ => old,
     };
-    let last = Some(trial.machine.trace.last);
+    let last = trial.machine.trace.last;
     let found = number_at(trial, at, size).unwrap_or_default();
     if found != new {
         let detail = format!("the entry holds {found:X}h on return and must hold {new:X}h");
@@ -160,12 +160,12 @@ fn judge_one_step(check: &mut Check<'_, '_>, trial: &Trial<'_>, old: u64, mask: 
     for (offset, state) in &trial.machine.trace.watched {
         let changed = before != state & mask;
         before = state & mask;
-        let locked = check.code.at(*offset).is_some_and(|instruction| {
+        let locked = offset.and_then(|offset| check.code.at(offset)).is_some_and(|instruction| {
             instruction.has_lock_prefix() || instruction.mnemonic() == Mnemonic::Xchg
         });
         if changed && !locked {
             let detail = "changes the entry without a LOCK prefix: what another processor writes there can be lost";
-            return check.violation(Rule::Effect, Some(*offset), detail);
+            return check.violation(Rule::Effect, *offset, detail);
         }
     }
 }
@@ -234,7 +234,7 @@ fn judge_entry(check: &mut Check<'_, '_>, trial: &Trial<'_>, size: usize) {
     let Some((at, _)) = pointed(check, trial, "entry", size) else { return };
     let mask = u64::MAX >> (64 - 8 * size as u32);
     let Some(value) = trial.argument(check.call, "value").map(|value| value & mask) else { return };
-    let last = Some(trial.machine.trace.last);
+    let last = trial.machine.trace.last;
     let found = number_at(trial, at, size);
     if found != Some(value) {
         let found = found.map_or("nothing".to_owned(), |found| format!("{found:X}h"));
@@ -252,7 +252,7 @@ fn judge_entry(check: &mut Check<'_, '_>, trial: &Trial<'_>, size: usize) {
             "for a moment the entry is {:X}h, a present mapping that is neither the old nor the new one",
             state & mask
         );
-        check.violation(Rule::Effect, Some(*offset), detail);
+        check.violation(Rule::Effect, *offset, detail);
     }
 }
 
@@ -273,7 +273,7 @@ fn judge_descriptor(check: &mut Check<'_, '_>, trial: &Trial<'_>) {
     if found.is_none_or(|found| (found ^ value) & !alterable != 0) {
         let found = found.map_or("nothing".to_owned(), |found| format!("{found:016X}h"));
         let detail = format!("the descriptor is {found} on return, the caller gave {value:016X}h");
-        check.once(Rule::Effect, Some(trial.machine.trace.last), detail);
+        check.once(Rule::Effect, trial.machine.trace.last, detail);
     }
     expect_only(check, trial, at, 8);
 }
@@ -285,7 +285,7 @@ fn judge_kernel_stack(check: &mut Check<'_, '_>, trial: &Trial<'_>) {
     if found != esp0 {
         let detail =
             "the current task state segment does not hold the new ring-0 stack pointer on return";
-        check.once(Rule::Effect, Some(trial.machine.trace.last), detail);
+        check.once(Rule::Effect, trial.machine.trace.last, detail);
     }
 }
 
@@ -311,7 +311,7 @@ fn expect_only(check: &mut Check<'_, '_>, trial: &Trial<'_>, at: u32, size: usiz
             let detail = format!(
                 "changes memory {distance:+} bytes from where its pointer argument points to"
             );
-            check.once(Rule::Effect, Some(trial.machine.trace.last), detail);
+            check.once(Rule::Effect, trial.machine.trace.last, detail);
         }
     }
 }

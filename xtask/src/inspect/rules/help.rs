@@ -78,6 +78,9 @@ impl Rule {
                 "The ROM runs at its physical address, at a linear alias and in a copy: an absolute address is wrong in all but one."
             }
             Self::Effect => "The guest believes that the call has done what it is for.",
+            Self::Site => {
+                "Other text is the kernel's own; another processor may execute the site, or an interrupt come, at any moment."
+            }
             Self::Slot => {
                 "A guest of 13.x enters every slot without asking, and may write over its neighbour: what is not in the \
                  call's own slot is then another call, or nothing."
@@ -157,6 +160,10 @@ impl Rule {
             }
             Self::Effect => {
                 "Do it, or answer NONE, so that the guest keeps its own code; a slot of 13.x must do it."
+            }
+            Self::Site => {
+                "Compare the bytes in the page of the return address; with interrupts off and CR0.WP clear, change \
+                 one aligned word of 8 bytes by LOCK CMPXCHG8B; put CR0 back. Otherwise leave the site alone."
             }
             Self::Slot => {
                 "Put code of at most 32 bytes that ends in RET into the slot, or a jump to free slots behind the last call."

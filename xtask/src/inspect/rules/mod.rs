@@ -101,6 +101,8 @@ rules! {
     Base = "base-dependence",
     /// The call does what it is for.
     Effect = "effect",
+    /// A call site is changed only where its bytes prove it, as a whole, alone, and only by code that may.
+    Site = "site",
     /// In 13.x each slot has code that ends in it or leaves it by a jump.
     Slot = "slot",
     /// In 13.x each slot's code does the same in a copy of the first 4 KiB.
@@ -164,6 +166,8 @@ pub struct Report {
     pub table: Option<Table>,
     /// Most instructions of a call that were executed at once, by number.
     pub executed: Vec<Option<u64>>,
+    /// Calls that change sites in a way that is right on a machine with one processor only.
+    one_processor: BTreeSet<&'static str>,
     /// Places already listed, by rule and subject.
     places: HashMap<(Rule, &'static str), BTreeSet<usize>>,
 }
@@ -258,7 +262,12 @@ impl Report {
     }
 
     /// What an execution must not have done.
-    fn breaches(&mut self, code: &Code<'_>, subject: &Subject, breaches: &[(usize, Breach)]) {
+    fn breaches(
+        &mut self,
+        code: &Code<'_>,
+        subject: &Subject,
+        breaches: &[(Option<usize>, Breach)],
+    ) {
         for (offset, breach) in breaches {
             let rule = match breach {
                 Breach::StoreIntoImage { .. } => Rule::ImageStore,
@@ -266,8 +275,9 @@ impl Report {
                 Breach::Segment { .. } => Rule::Segment,
                 Breach::BelowStack { .. } | Breach::CallerStack { .. } => Rule::StackUse,
                 Breach::Vector => Rule::Vector,
+                Breach::OtherText { .. } | Breach::ProtectedText { .. } => Rule::Site,
             };
-            self.code(code, subject, rule, Some(*offset), breach.to_string());
+            self.code(code, subject, rule, *offset, breach.to_string());
         }
     }
 
@@ -345,6 +355,12 @@ pub fn disassemble(instruction: &Instruction) -> String {
     let mut text = String::new();
     formatter().format(instruction, &mut text);
     text
+}
+
+/// The instructions at a call site as a reader knows them.
+#[must_use]
+pub fn at_site(instructions: &[Instruction]) -> String {
+    instructions.iter().map(disassemble).collect::<Vec<_>>().join("; ")
 }
 
 /// Intel's syntax, as the code of this project is written.
