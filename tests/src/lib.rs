@@ -9,6 +9,7 @@ use object::{Object, ObjectSymbol};
 use std::path::Path;
 use vmi_abi::header::LENGTH_UNIT;
 use vmi_abi::{CallNumber, RelocationInfo, RelocationType};
+use vmi_native_backend::binding::SiteRule;
 use xtask::image;
 
 /// An image that can be taken apart: its bytes, and where its relocation table is.
@@ -19,6 +20,8 @@ pub struct Specimen {
     used: usize,
     /// Offset of the relocation table's first row.
     rows: usize,
+    /// Offset of the byte that POST sets, in an image that rewrites call sites.
+    site_rule: Option<usize>,
 }
 
 impl Specimen {
@@ -31,13 +34,15 @@ impl Specimen {
         let bytes = std::fs::read(rom).with_context(|| rom.display().to_string())?;
         let linked = std::fs::read(elf).with_context(|| elf.display().to_string())?;
         let linked = object::File::parse(&*linked)?;
-        let symbol = |name: &str| -> Result<usize> {
-            let mut found = linked.symbols().filter(|symbol| symbol.name() == Ok(name));
-            let symbol =
-                found.next().with_context(|| format!("no symbol {name} in {}", elf.display()))?;
-            Ok(usize::try_from(symbol.address())?)
+        let place = |name: &str| -> Option<usize> {
+            let symbol = linked.symbols().find(|symbol| symbol.name() == Ok(name))?;
+            usize::try_from(symbol.address()).ok()
         };
-        Ok(Self { bytes, used: symbol("rom_end")?, rows: symbol("rows")? })
+        let symbol = |name: &str| {
+            place(name).with_context(|| format!("no symbol {name} in {}", elf.display()))
+        };
+        let (used, rows) = (symbol("rom_end")?, symbol("rows")?);
+        Ok(Self { bytes, used, rows, site_rule: place("site_rule") })
     }
 
     /// Offset of a call's row.
@@ -55,6 +60,40 @@ impl Specimen {
         let distance = i32::from_le_bytes(self.bytes[row..row + 4].try_into()?);
         ensure!(distance != 0, "call {} has no code", call.0);
         row.checked_add_signed(distance as isize).context("a distance that leads out of the image")
+    }
+
+    /// Bytes between a call's code and its plain form, as the table has it.
+    #[must_use]
+    pub fn plain_distance(&self, call: CallNumber) -> u8 {
+        self.bytes[self.row(call) + 5]
+    }
+
+    /// The image as POST leaves it when it has found this rule for call sites.
+    ///
+    /// # Errors
+    ///
+    /// The image rewrites no sites.
+    pub fn with_rule(&self, rule: SiteRule) -> Result<Vec<u8>> {
+        let place = self.site_rule.context("no symbol site_rule")?;
+        let mut bytes = self.bytes.clone();
+        let (old, new) = (bytes[place], rule as u8);
+        bytes[place] = new;
+        bytes[place + 1] = bytes[place + 1].wrapping_add(old).wrapping_sub(new);
+        Ok(bytes)
+    }
+
+    /// The image with other instructions instead of some that it has exactly once.
+    ///
+    /// # Errors
+    ///
+    /// It does not have them once, or the new ones are of another length.
+    pub fn with_instructions(&self, old: &[u8], new: &[u8]) -> Result<Vec<u8>> {
+        let mut places = (0..self.used).filter(|place| self.bytes[*place..].starts_with(old));
+        let place = places.next().context("the image does not have these instructions")?;
+        ensure!(places.next().is_none() && old.len() == new.len(), "these instructions do not fit");
+        let mut bytes = self.bytes.clone();
+        bytes[place..place + new.len()].copy_from_slice(new);
+        Ok(image::finish(&bytes, bytes.len())?)
     }
 
     /// The image with another type in a call's answer.

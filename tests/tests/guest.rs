@@ -3,8 +3,22 @@
 use anyhow::Result;
 use std::path::PathBuf;
 use xtask::artifacts::{self, Artifacts};
-use xtask::conformance;
+use xtask::conformance::{self, Conformance, mean_ratio};
 use xtask::qemu::{Attachment, Machine, Model};
+
+/// Runs the guest on an option ROM.
+fn boot(rom: impl Fn(&Artifacts) -> &PathBuf, machine: &Machine) -> Result<Conformance> {
+    boot_by(rom, Attachment::OptionRom, machine)
+}
+
+fn boot_by(
+    rom: impl Fn(&Artifacts) -> &PathBuf,
+    way: fn(PathBuf) -> Attachment,
+    machine: &Machine,
+) -> Result<Conformance> {
+    let built = artifacts::ensure()?;
+    conformance::check(&built.emulator, &built.guest, rom(built), way, machine, |_| ())
+}
 
 /// Runs the guest, and wants every check to hold.
 fn passes(
@@ -12,12 +26,10 @@ fn passes(
     way: fn(PathBuf) -> Attachment,
     machine: &Machine,
 ) -> Result<()> {
-    let built = artifacts::ensure()?;
-    let result =
-        conformance::check(&built.emulator, &built.guest, rom(built), way, machine, |_| ())?;
+    let result = boot_by(rom, way, machine)?;
     assert_eq!(result.complaint(), None, "{}\n{}", result.run.command, result.run.serial);
     // Both paging modes and all three places of the ROM, every call but Reboot in each.
-    assert_eq!(result.report.checks.len(), 2 * 3 * (73 + 1) + 3, "{}", result.run.command);
+    assert_eq!(result.report.checks.len(), 2 * 3 * (73 + 1) + 4, "{}", result.run.command);
     Ok(())
 }
 
@@ -80,7 +92,47 @@ fn in_small_and_in_large_machines() -> Result<()> {
     for (memory, processors) in [(16, 1), (1024, 4)] {
         let machine = Machine { memory, processors, ..Machine::default() };
         passes(|built| &built.call, Attachment::OptionRom, &machine)?;
+        passes(|built| &built.native, Attachment::OptionRom, &machine)?;
     }
+    Ok(())
+}
+
+/// The image that leaves the guest's code alone.
+#[test]
+fn without_rewriting() -> Result<()> {
+    passes(|built| &built.fastest, Attachment::OptionRom, &Machine::default())
+}
+
+/// A processor that cannot store eight bytes at once: no site is touched.
+#[test]
+fn without_the_instruction_that_rewrites() -> Result<()> {
+    let machine = Machine { cpu: "max,-cx8".into(), ..Machine::default() };
+    passes(|built| &built.native, Attachment::OptionRom, &machine)
+}
+
+/// All processors run one site while it is rewritten; the other tests would pass without that.
+#[test]
+fn four_processors_at_one_site() -> Result<()> {
+    let machine = Machine { processors: 4, ..Machine::default() };
+    let serial = boot(|built| &built.native, &machine)?.run.serial;
+    assert!(serial.contains("# 4 processors took part"), "{serial}");
+    assert!(serial.contains("while 3 processors ran it"), "{serial}");
+    Ok(())
+}
+
+/// Natively the interface costs nothing where it is called, and nothing by much elsewhere. Without
+/// rewriting it does cost something: the figures are not made of ones.
+#[test]
+fn a_rom_costs_nothing_on_bare_hardware() -> Result<()> {
+    let machine = Machine::default();
+    let costs = boot(|built| &built.native, &machine)?.costs;
+    assert_eq!(costs.len(), 12, "{costs:#?}");
+    assert!(costs.iter().all(|cost| cost.ratio() <= 1.02), "{costs:#?}");
+    assert!(mean_ratio(&costs) <= 1.01, "{costs:#?}");
+    let fastest = boot(|built| &built.fastest, &machine)?.costs;
+    let call = boot(|built| &built.call, &machine)?.costs;
+    assert!(1.1 < mean_ratio(&fastest), "{fastest:#?}");
+    assert!(mean_ratio(&fastest) < mean_ratio(&call), "{call:#?}");
     Ok(())
 }
 

@@ -6,7 +6,7 @@ use iced_x86::code_asm::*;
 use std::mem::offset_of;
 use vmi_abi::header::{LENGTH_UNIT, RomHeader, checksum};
 use vmi_abi::{CALLS_3_0, CallNumber, RelocationType, Site, number, probe};
-use vmi_native_backend::binding::{Bind, answer};
+use vmi_native_backend::binding::{Bind, SHORT_PLAIN, SiteRule, answer, is_short, least_rule};
 use vmi_tests::Specimen;
 use xtask::artifacts;
 use xtask::inspect::{self, HIGH_BASE, Report, Rom, Rule, verify};
@@ -17,15 +17,40 @@ const LIMIT: usize = 8 * 1024;
 /// Instructions that `get_reloc` may take: a kernel asks some 4,460 times in a boot.
 const GET_RELOC_LIMIT: u64 = 24;
 
-/// The images with the answers that they are to give.
-fn images() -> Result<[(Bind, Vec<u8>); 2]> {
+/// An image, with the answers and the rule for call sites that it is to have.
+struct Image {
+    bind: Bind,
+    rule: SiteRule,
+    bytes: Vec<u8>,
+}
+
+/// Every image; the one that rewrites call sites as a file, and as POST leaves it on a machine with
+/// one processor.
+fn images() -> Result<Vec<Image>> {
     let built = artifacts::ensure()?;
-    Ok([(Bind::Fastest, std::fs::read(&built.native)?), (Bind::Call, std::fs::read(&built.call)?)])
+    let read = |bind, path| -> Result<Image> {
+        Ok(Image { bind, rule: SiteRule::InAWord, bytes: std::fs::read(path)? })
+    };
+    let one_processor = Image {
+        bind: Bind::Rewrite,
+        rule: SiteRule::Anywhere,
+        bytes: native_specimen()?.with_rule(SiteRule::Anywhere)?,
+    };
+    Ok(vec![
+        read(Bind::Rewrite, &built.native)?,
+        one_processor,
+        read(Bind::Fastest, &built.fastest)?,
+        read(Bind::Call, &built.call)?,
+    ])
 }
 
 fn default_image() -> Result<Vec<u8>> {
-    let [(_, bytes), _] = images()?;
-    Ok(bytes)
+    Ok(std::fs::read(&artifacts::ensure()?.native)?)
+}
+
+fn native_specimen() -> Result<Specimen> {
+    let built = artifacts::ensure()?;
+    Specimen::read(&built.native, &built.native_elf)
 }
 
 fn call_specimen() -> Result<Specimen> {
@@ -39,7 +64,7 @@ fn verified(bytes: &[u8]) -> Result<Report> {
 
 #[test]
 fn our_images_are_clean_and_small() -> Result<()> {
-    for (bind, bytes) in images()? {
+    for Image { bind, bytes, .. } in images()? {
         let report = verified(&bytes)?;
         assert!(report.is_clean(), "{bind:?}: {:#?}", report.violations);
         assert!(bytes.len() <= LIMIT, "{bind:?}: {} bytes", bytes.len());
@@ -52,13 +77,15 @@ fn our_images_are_clean_and_small() -> Result<()> {
 
 #[test]
 fn the_answers_are_those_of_the_binding_policy() -> Result<()> {
-    for (bind, bytes) in images()? {
+    for Image { bind, rule, bytes } in images()? {
         let table = inspect::answers(&Rom::parse(&bytes)?, HIGH_BASE);
         assert!(table.most_instructions() <= GET_RELOC_LIMIT, "{}", table.most_instructions());
         for call in CALLS_3_0 {
             let number = call.number.context("a number of 3.0")?;
             let found = table.answer_of(number).context(call.name)?;
-            assert_eq!(found.kind, answer(call, bind).0, "{} {bind:?}", call.name);
+            let holds = rule as u8 >= least_rule(call, bind) as u8;
+            let wanted = if holds { answer(call, bind).0 } else { RelocationType::NONE };
+            assert_eq!(found.kind, wanted, "{} {bind:?} {rule:?}", call.name);
         }
     }
     Ok(())
@@ -103,7 +130,10 @@ const FAST: [(CallNumber, u64); 33] = [
 
 #[test]
 fn a_fast_call_is_its_instruction_and_a_return() -> Result<()> {
-    for (bind, bytes) in images()? {
+    for Image { bind, bytes, .. } in images()? {
+        if bind == Bind::Rewrite {
+            continue; // See below.
+        }
         let survey = inspect::survey(&Rom::parse(&bytes)?, HIGH_BASE)?;
         for (number, instructions) in FAST {
             let call = survey
@@ -115,6 +145,27 @@ fn a_fast_call_is_its_instruction_and_a_return() -> Result<()> {
                 assert_eq!(code.instructions as u64, instructions, "{} {bind:?}", call.name);
             }
         }
+    }
+    Ok(())
+}
+
+/// A short call that rewrites its site begins with what tries that, and then is what it is in the
+/// other images, byte for byte. Nothing else is answered with a plain form beside it.
+#[test]
+fn a_short_call_has_a_plain_form_behind_its_entry() -> Result<()> {
+    let (native, call) = (native_specimen()?, call_specimen()?);
+    for declared in CALLS_3_0 {
+        let number = declared.number.context("a number of 3.0")?;
+        if is_short(declared) {
+            let rewriting = &native.bytes[native.code(number)?..];
+            let plain = &call.bytes[call.code(number)?..];
+            let native_code = plain.iter().take_while(|byte| !matches!(byte, 0xc3 | 0xcc)).count();
+            assert!((1..8).contains(&native_code), "{}", declared.name);
+            let behind = &rewriting[usize::from(SHORT_PLAIN)..][..native_code];
+            assert_eq!(behind, &plain[..native_code], "{}", declared.name);
+            assert_eq!(rewriting[..3], [0x9c, 0xfa, 0xe8], "{}", declared.name);
+        }
+        assert_eq!(native.plain_distance(number), if is_short(declared) { SHORT_PLAIN } else { 0 });
     }
     Ok(())
 }

@@ -1,7 +1,9 @@
 //! ROMs with one broken call each: the guest must fail them, and name the call and the rule.
 //!
 //! A suite that cannot fail proves nothing. Each mutant is the image that answers CALL_REL wherever
-//! it can (or, for the two that are jumped to, the default image) with other code for one call.
+//! it can (or, for the two that are jumped to, the one with the fastest answers) with other code for
+//! one call. The code that rewrites call sites serves many calls: it is broken one instruction after
+//! the other.
 
 use anyhow::{Context, Result, ensure};
 use iced_x86::IcedError;
@@ -35,7 +37,7 @@ struct Mutant {
     change: Change,
     /// Words that the guest's complaint must contain.
     complaint: &'static str,
-    /// Made from the default image.
+    /// Made from the image with the fastest answers.
     fastest: bool,
 }
 
@@ -49,7 +51,7 @@ const fn mutant(
     Mutant { call, fault, change, complaint, fastest: false }
 }
 
-/// A mutant of the default image.
+/// A mutant of the image with the fastest answers.
 const fn fastest(
     call: CallNumber,
     fault: &'static str,
@@ -499,14 +501,14 @@ const MUTANTS: &[Mutant] = &[
 fn the_guest_names_every_broken_call() -> Result<()> {
     let built = artifacts::ensure()?;
     let call = Specimen::read(&built.call, &built.call_elf)?;
-    let native = Specimen::read(&built.native, &built.native_elf)?;
+    let fastest = Specimen::read(&built.fastest, &built.fastest_elf)?;
     let folder = tempfile::tempdir()?;
     let next = AtomicUsize::new(0);
     let missed = std::thread::scope(|scope| {
         let work = || -> Vec<String> {
             let mut missed = Vec::new();
             while let Some(mutant) = MUTANTS.get(next.fetch_add(1, Ordering::Relaxed)) {
-                let specimen = if mutant.fastest { &native } else { &call };
+                let specimen = if mutant.fastest { &fastest } else { &call };
                 let name = mutant.call.call().map_or("?", |call| call.name);
                 match caught(built, specimen, mutant, folder.path()) {
                     Ok(()) => println!("caught: {name} {}", mutant.fault),
@@ -530,6 +532,91 @@ fn the_guest_names_every_broken_call() -> Result<()> {
         missed.join("\n")
     );
     println!("{} mutants caught", MUTANTS.len());
+    Ok(())
+}
+
+/// A fault in the code that rewrites call sites.
+struct BrokenRewriting {
+    fault: &'static str,
+    /// The instructions, and what stands there instead.
+    old: &'static [u8],
+    new: &'static [u8],
+    processors: u32,
+    complaint: &'static str,
+}
+
+const BROKEN_REWRITING: [BrokenRewriting; 7] = [
+    BrokenRewriting {
+        fault: "leaves the kernel's text writable",
+        old: &[0x0f, 0x22, 0xc6, 0x84, 0xdb], // mov cr0, esi; test bl, bl
+        new: &[0x90, 0x90, 0x90, 0x84, 0xdb],
+        processors: 1,
+        complaint: "CR0.WP is lost",
+    },
+    BrokenRewriting {
+        fault: "does not go back to the site",
+        old: &[0x89, 0x75, 0x28], // mov [ebp + 40], esi
+        new: &[0x90, 0x90, 0x90],
+        processors: 1,
+        complaint: "IF is",
+    },
+    BrokenRewriting {
+        fault: "believes every site",
+        old: &[0x39, 0xf8], // cmp eax, edi
+        new: &[0x39, 0xc0],
+        processors: 1,
+        complaint: "the site became",
+    },
+    BrokenRewriting {
+        fault: "reads what lies before the page",
+        old: &[0x83, 0xf8, 0x04], // cmp eax, 4
+        new: &[0x83, 0xf8, 0x00],
+        processors: 1,
+        complaint: "the site became",
+    },
+    BrokenRewriting {
+        fault: "forgets the NOP",
+        old: &[0x36, 0xc6, 0x01, 0x90], // mov byte ptr ss:[ecx], 90h
+        new: &[0x90, 0x90, 0x90, 0x90],
+        processors: 1,
+        complaint: "the site became",
+    },
+    BrokenRewriting {
+        fault: "writes across two words before other processors' eyes",
+        old: &[0x83, 0xfa, 0x02], // cmp edx, 2
+        new: &[0x39, 0xd2, 0x90],
+        processors: 4,
+        complaint: "the site became",
+    },
+    BrokenRewriting {
+        fault: "leads a direct call to a wrong place",
+        old: &[0x80, 0x04, 0x0c, 0x0d], // add byte ptr [esp + ecx], 13
+        new: &[0x80, 0x04, 0x0c, 0x0c],
+        processors: 4,
+        complaint: "the site became",
+    },
+];
+
+#[test]
+fn the_guest_names_broken_rewriting() -> Result<()> {
+    let built = artifacts::ensure()?;
+    let native = Specimen::read(&built.native, &built.native_elf)?;
+    let folder = tempfile::tempdir()?;
+    for BrokenRewriting { fault, old, new, processors, complaint } in BROKEN_REWRITING {
+        let rom = folder.path().join(format!("{}.rom", fault.replace(' ', "-")));
+        std::fs::write(&rom, native.with_instructions(old, new).context(fault)?)?;
+        let machine = Machine { processors, limit: Duration::from_secs(60), ..Machine::default() };
+        let way = Attachment::OptionRom;
+        let result =
+            conformance::check(&built.emulator, &built.guest, &rom, way, &machine, |_| ())?;
+        let said: Vec<String> =
+            result.report.failures().map(|check| format!("{:?}", check.details)).collect();
+        ensure!(
+            said.iter().any(|text| text.contains(complaint)),
+            "{fault}: `{complaint}` is not said: {said:#?}"
+        );
+        println!("caught: {fault}");
+    }
     Ok(())
 }
 

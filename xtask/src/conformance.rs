@@ -1,6 +1,6 @@
 //! One ROM under the test guest: the run, the report and the verdict on each call.
 
-use crate::qemu::{Attachment, BANNER, Machine, Outcome, Run};
+use crate::qemu::{Attachment, BANNER, Machine, Outcome, Run, TICKS_PER_INSTRUCTION};
 use crate::tap::{Report, Verdict};
 use crate::toolchain::Emulator;
 use anyhow::{Context, Result};
@@ -17,6 +17,34 @@ pub struct Conformance {
     pub report: Report,
     /// One summary for each call of revision 3.0, in the order of their numbers.
     pub calls: Vec<CallSummary>,
+    /// What the operations of a kernel cost; nothing on a machine whose time is not steady.
+    pub costs: Vec<Cost>,
+}
+
+/// What an operation of a kernel costs, in instructions.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Cost {
+    /// What is done.
+    pub operation: String,
+    /// With native code at the sites, as a kernel without a ROM has it.
+    pub native: f64,
+    /// With the ROM's answers.
+    pub rom: f64,
+}
+
+impl Cost {
+    /// How much more it costs with the ROM: 1.0 is nothing.
+    #[must_use]
+    pub fn ratio(&self) -> f64 {
+        self.rom / self.native
+    }
+}
+
+/// The geometric mean of the ratios; 1.0 of nothing.
+#[must_use]
+pub fn mean_ratio(costs: &[Cost]) -> f64 {
+    let sum: f64 = costs.iter().map(|cost| cost.ratio().ln()).sum();
+    (sum / costs.len().max(1) as f64).exp()
 }
 
 /// What came of one call in all the ways in which it was reached.
@@ -66,8 +94,6 @@ pub fn check(
     machine.kernel = Some(guest.to_owned());
     // The guest tests Reboot: it has itself reset, finds its record in memory and goes on.
     machine.no_reboot = false;
-    // Reboot is one of the calls: the guest that starts again tells whether it was asked for.
-    machine.no_reboot = false;
     machine.roms.insert(0, way(rom.to_owned()));
     machine.banner = machine.banner.filter(|_| has_banner);
     let run = machine
@@ -75,7 +101,8 @@ pub fn check(
         .with_context(|| format!("{} was not run", rom.display()))?;
     let report = Report::parse(&run.serial);
     let calls = summaries(&report);
-    Ok(Conformance { run, report, calls })
+    let costs = if machine.steady_time { costs(&report) } else { Vec::new() };
+    Ok(Conformance { run, report, calls, costs })
 }
 
 impl Conformance {
@@ -100,6 +127,22 @@ impl Conformance {
             })
         })
     }
+}
+
+/// The report's ticks as instructions.
+fn costs(report: &Report) -> Vec<Cost> {
+    report
+        .costs
+        .iter()
+        .map(|line| {
+            let each = f64::from(line.times) * f64::from(TICKS_PER_INSTRUCTION);
+            Cost {
+                operation: line.operation.clone(),
+                native: line.native as f64 / each,
+                rom: line.rom as f64 / each,
+            }
+        })
+        .collect()
 }
 
 /// One summary for each call.
@@ -162,7 +205,8 @@ mod tests {
             duration: Duration::ZERO,
             command: String::new(),
         };
-        Conformance { run, report, calls }
+        let costs = costs(&report);
+        Conformance { run, report, calls, costs }
     }
 
     #[test]

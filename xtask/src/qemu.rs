@@ -23,6 +23,12 @@ pub const EXIT_VALUE: u8 = 0x10;
 /// What every image of ours writes to the debug port at POST.
 pub const BANNER: &str = "VMI ROM ";
 
+/// With `-icount` an instruction takes two to this power nanoseconds: eight.
+const ICOUNT_SHIFT: u32 = 3;
+
+/// Ticks of the guest's time-stamp counter for each instruction, in a machine with steady time.
+pub const TICKS_PER_INSTRUCTION: u32 = 1 << ICOUNT_SHIFT;
+
 /// Vendor and device of the card that carries a ROM in its BAR, QEMU's e1000.
 const CARD: (u16, u16) = (0x8086, 0x100e);
 
@@ -245,8 +251,8 @@ impl Machine {
             add(&["-bios", "bios.bin"]);
         }
         if self.steady_time {
-            // Eight nanoseconds an instruction; a halted processor skips to the next timer.
-            add(&["-icount", "shift=3,sleep=off"]);
+            // A halted processor skips to the next timer.
+            add(&["-icount", &format!("shift={ICOUNT_SHIFT},sleep=off")]);
         }
         if self.no_reboot {
             add(&["-no-reboot"]);

@@ -10,6 +10,7 @@
 //!   message: "what was seen"
 //!   ...
 //! # call mode=non-PAE alias=direct number=29 name=EnableInterrupts answer=CALL_REL verdict=ok stack=4 instructions=2 checks=118
+//! # cost operation="cli and sti" times=100 native=8000 rom=8000
 //! 1..2
 //! # vmi-guest: 1 of 2 checks fail
 //! ```
@@ -35,6 +36,8 @@ pub struct Report {
     pub checks: Vec<Check>,
     /// Every call's figures.
     pub calls: Vec<CallLine>,
+    /// What the operations of a kernel cost.
+    pub costs: Vec<CostLine>,
     /// How many checks the guest planned.
     pub plan: Option<usize>,
     /// The closing line, without its start.
@@ -88,6 +91,19 @@ pub struct CallLine {
     pub instructions: Option<u32>,
     /// Checks that were made.
     pub checks: Option<u32>,
+}
+
+/// What an operation of a kernel costs, in ticks of the time-stamp counter.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct CostLine {
+    /// What is done.
+    pub operation: String,
+    /// How often.
+    pub times: u32,
+    /// With native code at the sites, as a kernel without a ROM has it.
+    pub native: u64,
+    /// With the ROM's answers.
+    pub rom: u64,
 }
 
 /// What came of a call.
@@ -163,6 +179,8 @@ impl Reader {
             }
         } else if let Some(fields) = line.strip_prefix("# call ") {
             self.call(fields);
+        } else if let Some(fields) = line.strip_prefix("# cost ") {
+            self.cost(fields);
         } else if let Some(fields) = line.strip_prefix("# rom ") {
             self.rom(fields);
         } else if let Some(rest) = line.strip_prefix("ok ") {
@@ -254,6 +272,24 @@ impl Reader {
         match call() {
             Some(call) => self.report.calls.push(call),
             None => self.fault(format!("an unreadable call line: {text:?}")),
+        }
+    }
+
+    /// What an operation costs.
+    fn cost(&mut self, text: &str) {
+        let fields = fields(text);
+        let number = |key: &str| fields.get(key).and_then(|text| integer(text));
+        let line = (|| {
+            Some(CostLine {
+                operation: fields.get("operation")?.clone(),
+                times: u32::try_from(number("times")?).ok().filter(|times| *times != 0)?,
+                native: number("native")?,
+                rom: number("rom")?,
+            })
+        })();
+        match line {
+            Some(line) => self.report.costs.push(line),
+            None => self.fault(format!("an unreadable line of costs: {text:?}")),
         }
     }
 

@@ -21,8 +21,11 @@ use crate::paging::USER_CODE_FRAME;
 use crate::report::Problems;
 use crate::rom::{KEPT, Rom};
 use crate::session::{self, FIXED_FLAG, Session};
+use crate::site;
 use core::arch::naked_asm;
-use vmi_abi::{CALLS_3_0, CallNumber, Group, RelocationInfo, RelocationType, for_each_call};
+use vmi_abi::{
+    CALLS_3_0, CallNumber, Group, KEEP_SITE, RelocationInfo, RelocationType, for_each_call,
+};
 use vmi_native_backend::calls as native;
 
 macro_rules! dispatch {
@@ -83,8 +86,11 @@ pub(crate) fn entry_points(rom: &Rom, problems: &mut Problems) {
     if initialized.after.registers.eax != 0 {
         problems.add(format_args!("vmi_init failed: EAX = {:#x}", initialized.after.registers.eax));
     }
-    let beyond = [74, 75, 127, 128, 0x8000_0000, u32::MAX];
-    let numbers = (0..CALLS_3_0.len() as u32).chain(beyond);
+    let count = CALLS_3_0.len() as u32;
+    let beyond = [count, count + 1, 127, 128, 0x4000_0000, KEEP_SITE + count, u32::MAX];
+    // A ROM may know KEEP_SITE or not; what it answers, it answers alike.
+    let kept = (0..count).map(|number| number | KEEP_SITE);
+    let numbers = (0..count).chain(beyond).chain(kept);
     for number in numbers.clone() {
         let answer = one_answer(rom, CallNumber(number), problems);
         let (again, _) = rom.ask(CallNumber(number), session::INTERRUPT_FLAG);
@@ -123,7 +129,7 @@ fn one_answer(rom: &Rom, number: CallNumber, problems: &mut Problems) -> Relocat
             answer.eip.get()
         ));
     }
-    if number as usize >= CALLS_3_0.len() && answer.kind != RelocationType::NONE {
+    if (number & !KEEP_SITE) as usize >= CALLS_3_0.len() && answer.kind != RelocationType::NONE {
         problems.add(format_args!("get_reloc({number}) is no call, but is answered"));
     }
     answer
@@ -159,11 +165,10 @@ pub(crate) fn run_own(
     registers: Registers,
     stack: &[u32],
 ) -> Outcome {
-    session::point_site_at(routine as *const () as u32);
     harness::run(&Entry {
         context: Context { registers, esp: 0, eflags: FIXED_FLAG, segments: FLAT },
         stack,
-        target: session::pointer_site(),
+        target: site::own_site(routine as *const () as u32),
         by_call: true,
         code: 0..0,
         watch: None,

@@ -1,6 +1,8 @@
 //! The machine around the processor: interrupt controller, timer, local APIC, QEMU's exit.
 
-use crate::processor::{halt_forever, inb, outb, outl};
+use crate::paging;
+use crate::processor::{cpuid, has_cmpxchg8b, halt_forever, inb, outb, outl};
+use vmi_native_backend::binding::SiteRule;
 
 /// QEMU's `isa-debug-exit`: value v ends QEMU with status 2 v + 1.
 const EXIT_PORT: u16 = 0xf4;
@@ -93,4 +95,46 @@ pub(crate) fn make_timer_pending() -> bool {
 pub(crate) fn discard_interrupts() {
     outb(TIMER_COMMAND, 0x30); // Without a count the counter stands, and its line is low.
     initialize_interrupts(); // The first command word clears the request register.
+}
+
+/// What a ROM may do to call sites on this machine, as the guest sees it.
+pub(crate) fn site_rule() -> SiteRule {
+    match processors() {
+        _ if !has_cmpxchg8b() => SiteRule::Never,
+        Some(1) => SiteRule::Anywhere,
+        _ => SiteRule::InAWord,
+    }
+}
+
+/// Processors that the firmware's table of the MultiProcessor Specification lists, enabled or not,
+/// times what CPUID says that each may hold; `None` without such a table.
+pub(crate) fn processors() -> Option<u32> {
+    let [_, ebx, _, edx] = cpuid(1, 0);
+    let each = if edx & 1 << 28 != 0 { ebx >> 16 & 0xff } else { 1 };
+    Some(listed_processors()? * each.max(1))
+}
+
+/// Processors in the table: the first of each package, or all of them.
+fn listed_processors() -> Option<u32> {
+    const POINTER_SIZE: usize = 16;
+    const TABLE_HEADER: usize = 44;
+    const PROCESSOR: u8 = 0;
+    const PROCESSOR_SIZE: usize = 20;
+    let firmware = paging::firmware();
+    let pointer = firmware.chunks_exact(POINTER_SIZE).find(|chunk| {
+        chunk.starts_with(b"_MP_")
+            && chunk.iter().fold(0, |sum: u8, byte| sum.wrapping_add(*byte)) == 0
+    })?;
+    let number =
+        |bytes: &[u8]| bytes.iter().rev().fold(0, |value, byte| value << 8 | u32::from(*byte));
+    let table = number(&pointer[4..8]).checked_sub(paging::FIRMWARE)? as usize;
+    let table = firmware.get(table..).filter(|table| table.starts_with(b"PCMP"))?;
+    let count = number(table.get(34..36)?);
+    let mut entries = table.get(TABLE_HEADER..)?;
+    let mut processors = 0;
+    while processors < count && entries.first() == Some(&PROCESSOR) {
+        processors += 1;
+        entries = entries.get(PROCESSOR_SIZE..)?;
+    }
+    Some(processors)
 }

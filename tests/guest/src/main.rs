@@ -9,7 +9,10 @@
 //! - `segments`, `traps`, `paging`: the tables of an ordinary kernel,
 //! - `harness`: enters a call with every register, flag and segment known, and looks at what is left,
 //! - `rom`: probing, `vmi_init`, `get_reloc`,
+//! - `site`: call sites, and what a ROM may make of them,
 //! - `session`, `report`: which call is under test, what was found,
+//! - `crowd`: several processors at one call site,
+//! - `costs`: instructions of what a kernel does, with the ROM and without,
 //! - `checks`: one function for each call, under the specification's name.
 
 #![cfg_attr(target_os = "none", no_std, no_main)]
@@ -20,6 +23,10 @@ mod boot;
 mod checks;
 #[cfg(target_os = "none")]
 mod console;
+#[cfg(target_os = "none")]
+mod costs;
+#[cfg(target_os = "none")]
+mod crowd;
 #[cfg(target_os = "none")]
 mod devices;
 #[cfg(target_os = "none")]
@@ -36,6 +43,8 @@ mod rom;
 mod segments;
 #[cfg(target_os = "none")]
 mod session;
+#[cfg(target_os = "none")]
+mod site;
 #[cfg(target_os = "none")]
 mod suite;
 #[cfg(target_os = "none")]

@@ -29,6 +29,9 @@ const DIRECT: u32 = 16 << 20;
 /// The option-ROM area.
 pub(crate) const ROM_AREA: Range<u32> = 0xc_0000..0x10_0000;
 
+/// Where the firmware keeps its tables, up to the end of [`ROM_AREA`].
+pub(crate) const FIRMWARE: u32 = 0xf_0000;
+
 /// The second alias of [`ROM_AREA`].
 pub(crate) const ALIAS: u32 = 0xe000_0000;
 
@@ -106,8 +109,8 @@ static mut OTHER_ROOT: Frame = Frame([0; PAGE as usize]);
 /// Two frames for tests to map.
 pub(crate) static mut TEST_FRAMES: [Frame; 2] = [Frame([0; PAGE as usize]); 2];
 
-/// Call sites: written and executed.
-pub(crate) static mut SITE_FRAME: Frame = Frame([0; PAGE as usize]);
+/// Call sites: written and executed. Two pages, for sites that lie in both.
+pub(crate) static mut SITE_FRAMES: [Frame; 2] = [Frame([0; PAGE as usize]); 2];
 
 /// A copy of the ROM: read-only, executable.
 pub(crate) static mut ROM_COPY: [Frame; ROM_COPY_SIZE / PAGE as usize] =
@@ -147,6 +150,13 @@ pub(crate) fn has_global_pages() -> bool {
     processor::cpuid(1, 0)[3] & 1 << 13 != 0
 }
 
+/// The firmware's tables.
+pub(crate) fn firmware() -> &'static [u8] {
+    let start = (PAGE_OFFSET + FIRMWARE) as *const u8;
+    // SAFETY: mapped, read-only, and written by nobody.
+    unsafe { core::slice::from_raw_parts(start, (ROM_AREA.end - FIRMWARE) as usize) }
+}
+
 /// A set of page tables.
 #[derive(Clone, Copy)]
 pub(crate) struct Space {
@@ -175,7 +185,7 @@ impl Space {
             let in_rom = ROM_AREA.contains(&address);
             let executable = in_rom
                 || text().contains(&linear)
-                || is_in(&raw const SITE_FRAME, linear)
+                || is_in(&raw const SITE_FRAMES, linear)
                 || is_in(&raw const ROM_COPY, linear);
             let writable =
                 !(in_rom || text().contains(&linear) || is_in(&raw const ROM_COPY, linear));
@@ -385,6 +395,32 @@ impl LocalApic {
     fn write(self, offset: u32, value: u32) {
         // SAFETY: as above.
         unsafe { ((self.base + offset) as *mut u32).write_volatile(value) };
+    }
+
+    /// Sends INIT and STARTUP to all other processors: they start in real mode at a page.
+    pub(crate) fn start_others(self, page: u32) {
+        const INIT: u32 = 0x500;
+        const STARTUP: u32 = 0x600;
+        self.send(INIT);
+        self.send(STARTUP | page);
+    }
+
+    /// Sends a non-maskable interrupt to all other processors.
+    pub(crate) fn interrupt_others(self) {
+        const NMI: u32 = 0x400;
+        self.send(NMI);
+    }
+
+    /// A message to all processors but this one.
+    fn send(self, message: u32) {
+        const COMMAND: u32 = 0x300;
+        const PENDING: u32 = 1 << 12;
+        const ASSERT: u32 = 1 << 14;
+        const OTHERS: u32 = 3 << 18;
+        while self.read(COMMAND) & PENDING != 0 {
+            core::hint::spin_loop();
+        }
+        self.write(COMMAND, OTHERS | ASSERT | message);
     }
 
     /// Lets the 8259's line arrive as an NMI, or as the interrupt that the 8259 names.

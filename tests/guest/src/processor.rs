@@ -119,6 +119,11 @@ pub(crate) fn cpuid(leaf: u32, subleaf: u32) -> [u32; 4] {
     [result.eax, result.ebx, result.ecx, result.edx]
 }
 
+/// Whether eight bytes can be exchanged by one instruction.
+pub(crate) fn has_cmpxchg8b() -> bool {
+    cpuid(1, 0)[3] & 1 << 8 != 0
+}
+
 /// The time-stamp counter.
 pub(crate) fn rdtsc() -> u64 {
     let (low, high): (u32, u32);

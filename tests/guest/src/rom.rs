@@ -8,12 +8,12 @@
 use crate::boot::PAGE_OFFSET;
 use crate::harness::{self, Context, Entry, FLAT, Outcome, Registers};
 use crate::paging::{self, ROM_AREA};
-use crate::{processor, session};
+use crate::{processor, site};
 use core::mem::offset_of;
 use core::ops::Range;
 use vmi_abi::header::{LENGTH_UNIT, RomHeader};
 use vmi_abi::probe::{Refusal, SCAN_AREA, SCAN_STEP, probe};
-use vmi_abi::{CallNumber, REVISION_3_0, RelocationInfo};
+use vmi_abi::{CallNumber, KEEP_SITE, REVISION_3_0, RelocationInfo};
 use x86::controlregs::Cr0;
 
 /// A ROM at one of the linear addresses at which it is mapped.
@@ -99,9 +99,15 @@ impl Rom {
         (RelocationInfo::from_registers(eax, edx), outcome)
     }
 
+    /// The code of a call that leaves its site alone, where that is not what `get_reloc` answers.
+    pub(crate) fn plain(&self, number: CallNumber) -> Option<u32> {
+        let (answer, _) = self.ask(number, 0);
+        let (plain, _) = self.ask(CallNumber(number.0 | KEEP_SITE), 0);
+        (plain.kind == answer.kind && plain.eip != answer.eip).then_some(plain.eip.get())
+    }
+
     fn enter(&self, offset: usize, eax: u32, eflags: u32) -> Outcome {
         let pointer = self.base + offset as u32;
-        session::point_site_at(pointer);
         harness::run(&Entry {
             context: Context {
                 registers: Registers { eax, ecx: 0x1111_1111, edx: 0x2222_2222, ..KEPT },
@@ -110,7 +116,7 @@ impl Rom {
                 segments: FLAT,
             },
             stack: &[],
-            target: session::pointer_site(),
+            target: site::own_site(pointer),
             by_call: true,
             code: self.code(),
             watch: None,

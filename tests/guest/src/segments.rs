@@ -31,6 +31,11 @@ pub(crate) const SPARE: u16 = 0x98;
 /// translator checks no limits, and no null selectors either, but it adds the base.
 pub(crate) const NOWHERE: u16 = 0xa3;
 
+/// Code and data for ring 3 that are not present.
+pub(crate) const ABSENT_CODE: u16 = 0xab;
+/// See [`ABSENT_CODE`].
+pub(crate) const ABSENT_DATA: u16 = 0xb3;
+
 /// Selectors of the local descriptor table's first three entries, for ring 3.
 pub(crate) const LOCAL_CODE: u16 = 0x07;
 /// See [`LOCAL_CODE`].
@@ -46,6 +51,9 @@ const CODE_0: u64 = 0x9b;
 const DATA_0: u64 = 0x93;
 const CODE_3: u64 = 0xfb;
 const DATA_3: u64 = 0xf3;
+
+/// The access byte's bit for a segment that is present.
+const PRESENT: u64 = 0x80;
 
 /// A ring 3 code descriptor, for a table entry that is written through the ROM.
 pub(crate) const USER_CODE_DESCRIPTOR: u64 = flat(CODE_3);
@@ -73,6 +81,9 @@ const TASK_ACCESS: u64 = 0x89;
 /// Local descriptor table.
 const LOCAL_TABLE_ACCESS: u64 = 0x82;
 
+/// Vectors of an interrupt descriptor table.
+pub(crate) const IDT_SIZE: usize = 256;
+
 /// Memory that the processor shares; aligned to a page as Linux aligns it.
 #[repr(C, align(4096))]
 pub(crate) struct Table<const N: usize>(pub(crate) [u64; N]);
@@ -80,8 +91,8 @@ pub(crate) struct Table<const N: usize>(pub(crate) [u64; N]);
 pub(crate) static mut GDT: Table<32> = Table([0; 32]);
 pub(crate) static mut OTHER_GDT: Table<32> = Table([0; 32]);
 pub(crate) static mut LDT: Table<16> = Table([0; 16]);
-pub(crate) static mut IDT: Table<256> = Table([0; 256]);
-pub(crate) static mut OTHER_IDT: Table<256> = Table([0; 256]);
+pub(crate) static mut IDT: Table<IDT_SIZE> = Table([0; IDT_SIZE]);
+pub(crate) static mut OTHER_IDT: Table<IDT_SIZE> = Table([0; IDT_SIZE]);
 
 /// The hardware's 32-bit task state segment, as far as the guest uses it.
 #[repr(C, align(128))]
@@ -138,6 +149,8 @@ pub(crate) fn initialize(esp0: u32) {
             (USER_CODE, flat(CODE_3)),
             (USER_DATA, flat(DATA_3)),
             (NOWHERE, NOWHERE_DESCRIPTOR),
+            (ABSENT_CODE, flat(CODE_3 & !PRESENT)),
+            (ABSENT_DATA, flat(DATA_3 & !PRESENT)),
             (TASK, system(task as u32, limit, TASK_ACCESS)),
             (OTHER_TASK, system(other as u32, limit, TASK_ACCESS)),
             (LOCAL_TABLE, system(&raw const LDT as u32, 16 * 8 - 1, LOCAL_TABLE_ACCESS)),

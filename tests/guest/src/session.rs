@@ -1,13 +1,13 @@
 //! One call under test: how it is bound, entered and held against its contract.
 
-#![expect(unsafe_code, reason = "UNSAFETY: writes call sites")]
-
 use crate::harness::{
     self, Context, DataSegments, Demand, Entry, FLAT, NOT_OURS, Outcome, Registers, return_point,
 };
-use crate::paging::{SITE_FRAME, Space};
+use crate::paging::Space;
+use crate::processor;
 use crate::report::Problems;
 use crate::rom::Rom;
+use crate::site::{self, Rewriting, Site};
 use core::fmt;
 use vmi_abi::{Call, Ending, RelocationType, STACK_LIMIT, Segments};
 use x86::bits32::eflags::EFlags;
@@ -136,6 +136,18 @@ pub(crate) struct Session {
     /// `None` where the guest has none: nothing is called then.
     target: Option<u32>,
     pub(crate) variant: Variant,
+    /// What the ROM makes of the site, if it answers with code that rewrites it.
+    pub(crate) rewriting: Option<Rewriting>,
+    /// Where call sites are written.
+    pub(crate) place: site::Place,
+    /// A site is written once for each form and then entered again as it is.
+    pub(crate) reuse: bool,
+    /// Sites call a jump to the code under test, and so prove nothing.
+    pub(crate) by_jump: bool,
+    /// The site that is there.
+    written: Option<Site>,
+    /// The code under test is the plain one of a call that is answered with another.
+    plain: bool,
     /// Pages that appear when the call touches them.
     pub(crate) demand: Option<Demand>,
     /// Called before each instruction of a traced call.
@@ -169,6 +181,12 @@ impl Session {
             answer,
             target,
             variant: VARIANTS[0],
+            rewriting: None,
+            place: site::Place::default(),
+            reuse: false,
+            by_jump: false,
+            written: None,
+            plain: false,
             demand: None,
             watch: None,
             skipped: None,
@@ -249,10 +267,12 @@ impl Session {
             eflags: self.variant.eflags,
             segments: self.segments(),
         };
+        let site = self.write_site();
+        let again = site.is_rewritten();
         let outcome = harness::run(&Entry {
             context,
             stack,
-            target: self.write_site(self.target.unwrap_or(0)),
+            target: site.start,
             by_call: self.is_called(),
             code: self.rom.code(),
             watch: self.watch,
@@ -264,7 +284,11 @@ impl Session {
         {
             self.stack = self.stack.max(outcome.stack_used);
         }
-        self.instructions = self.instructions.max(outcome.instructions);
+        // What it takes to rewrite a site is paid once for each, and few sites cannot be rewritten.
+        if again || (self.rewriting.is_none() && !self.plain) {
+            self.instructions = self.instructions.max(outcome.instructions);
+        }
+        self.judge_site(site, again && outcome.instructions > 0);
         (context, outcome)
     }
 
@@ -369,20 +393,43 @@ impl Session {
         );
     }
 
-    /// Writes the call site of the current variant; answers its address.
-    pub(crate) fn write_site(&self, target: u32) -> u32 {
-        if self.variant.form == Form::Pointer {
-            point_site_at(target);
-            return pointer_site();
+    /// Writes the call site of the current variant, unless it is to be used again.
+    pub(crate) fn write_site(&mut self) -> Site {
+        let target = self.target();
+        let through_ss = self.call.contract.segments == Segments::StackOnly;
+        let wanted = match (self.variant.form, self.answer) {
+            (form, RelocationType::CALL_REL) if self.by_jump => {
+                Site::through_jump(self.place, target, form == Form::Pointer, through_ss)
+            }
+            (Form::Pointer, _) => Site::pointer(self.place, target, through_ss),
+            (Form::Patched, RelocationType::NOP) => Site::nop(self.place),
+            (Form::Patched, RelocationType::JUMP_REL) => Site::jump(self.place, target),
+            (Form::Patched, _) => Site::call(self.place, target),
+        };
+        if !self.reuse || self.written != Some(wanted) {
+            wanted.write(return_point as *const () as u32);
         }
-        let site = site(PATCHED);
-        match self.answer {
-            RelocationType::NOP => write(site, &[0x0f, 0x1f, 0x44, 0x00, 0x00]),
-            RelocationType::JUMP_REL => write_branch(site, JUMP, target),
-            _ => write_branch(site, CALL, target),
-        }
-        write_branch(site + BRANCH_SIZE, JUMP, return_point as *const () as u32);
-        site
+        self.written = Some(wanted);
+        wanted
+    }
+
+    /// Holds what the ROM made of the site against what it may make of it.
+    fn judge_site(&mut self, site: Site, again: bool) {
+        let Some(rewriting) = self.rewriting else {
+            self.expect(!site.is_rewritten(), format_args!("the site was changed: {site:x?}"));
+            return;
+        };
+        let wanted = rewriting.outcome(&site);
+        let found = site.bytes();
+        self.expect(
+            found == wanted.bytes,
+            format_args!("the site became {found:02x?}, must become {:02x?}", wanted.bytes),
+        );
+        self.expect(
+            !(again && wanted.is_native),
+            format_args!("native code at the site, and the ROM was entered all the same"),
+        );
+        self.expect(processor::cr0() & site::WRITE_PROTECT != 0, format_args!("CR0.WP is lost"));
     }
 
     /// Whether the interface allows the ROM's answer for this call.
@@ -407,53 +454,26 @@ impl Session {
         known && self.target.is_some()
     }
 
+    /// Whether the last call was entered there.
+    pub(crate) fn is_site(&self, eip: u32) -> bool {
+        self.written.is_some_and(|site| site.executes_at(eip))
+    }
+
+    /// Goes on with code that leaves its sites alone.
+    pub(crate) fn use_plain(&mut self, plain: u32) {
+        self.target = Some(plain);
+        self.rewriting = None;
+        self.plain = true;
+    }
+
+    /// The site of the last call, if the ROM has put native code there.
+    pub(crate) fn native_site(&self) -> Option<Site> {
+        let (site, rewriting) = (self.written?, self.rewriting?);
+        rewriting.outcome(&site).is_native.then_some(site)
+    }
+
     /// Where the code under test lies.
     pub(crate) fn target(&self) -> u32 {
         self.target.unwrap_or(0)
     }
-}
-
-/// Offsets in the page of call sites: the pointer, the site that calls through it, the patched one.
-const POINTER: usize = 0;
-const THROUGH_POINTER: usize = 64;
-const PATCHED: usize = 128;
-
-/// `call rel32` and `jmp rel32`.
-const CALL: u8 = 0xe8;
-const JUMP: u8 = 0xe9;
-
-/// Bytes of either.
-const BRANCH_SIZE: u32 = 5;
-
-fn site(offset: usize) -> u32 {
-    (&raw mut SITE_FRAME) as u32 + offset as u32
-}
-
-fn write(address: u32, bytes: &[u8]) {
-    for (index, byte) in bytes.iter().enumerate() {
-        let place = (address as *mut u8).wrapping_add(index);
-        // SAFETY: inside the page of call sites, which is writable and not being executed.
-        unsafe { place.write_volatile(*byte) };
-    }
-}
-
-fn write_branch(address: u32, opcode: u8, target: u32) {
-    write(address, &[opcode]);
-    write(address + 1, &target.wrapping_sub(address + BRANCH_SIZE).to_le_bytes());
-}
-
-/// The site that calls through the pointer and then jumps to the point of return.
-pub(crate) fn pointer_site() -> u32 {
-    site(THROUGH_POINTER)
-}
-
-/// Makes the pointer site call a function.
-///
-/// The call reads its pointer through SS: DS may be anybody's.
-pub(crate) fn point_site_at(target: u32) {
-    const CALL_THROUGH_SS: [u8; 3] = [0x36, 0xff, 0x15];
-    write(site(POINTER), &target.to_le_bytes());
-    write(pointer_site(), &CALL_THROUGH_SS);
-    write(pointer_site() + 3, &site(POINTER).to_le_bytes());
-    write_branch(pointer_site() + 7, JUMP, return_point as *const () as u32);
 }

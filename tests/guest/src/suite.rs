@@ -12,8 +12,9 @@ use crate::paging::{self, Mode, Space};
 use crate::report::{self, Problems, Report};
 use crate::rom::Rom;
 use crate::session::Session;
+use crate::site::{self, Place, Rewriting};
 use crate::traps;
-use crate::{checks, console, devices, segments};
+use crate::{checks, console, costs, crowd, devices, segments};
 use vmi_abi::flags::RebootKind;
 use vmi_abi::header::checksum;
 use vmi_abi::probe::license;
@@ -140,7 +141,21 @@ fn first_start() -> ! {
             Err(format_args!("the image was changed"))
         },
     );
+    let space = Space::current(MODES[usize::from(paging::has_pae())]);
+    costs::count(space, rom);
+    test_crowd(&mut report, space, rom);
     test_reset(&report, rom, SOFT_RESET)
+}
+
+/// The other processors, where there are some.
+fn test_crowd(report: &mut Report, space: Space, rom: Rom) {
+    let mut problems = Problems::default();
+    let tried = crowd::run(space, rom, &mut problems);
+    report.point(format_args!("all processors at one site while it is rewritten"), &problems);
+    match tried {
+        Ok(processors) => line!("# {processors} processors took part"),
+        Err(reason) => line!("# not tried: {reason}"),
+    }
 }
 
 /// All calls of a ROM at one of its places.
@@ -170,12 +185,38 @@ fn test_rom(report: &mut Report, space: Space, mode: usize, rom: Rom) {
         session.judge_answer();
         if session.is_testable() {
             checks::check(&mut session, number);
+            check_sites(&mut session, number);
         } else {
             session.skipped = Some("the ROM leaves it to the guest, which has no code for it");
         }
         conclude(report, &session);
         Record::clear();
     }
+}
+
+/// The same checks on sites that a ROM rewrites: where it did so before, where it must not, at every
+/// place that makes a difference, in read-only memory; and for the plain code that leaves sites alone.
+fn check_sites(session: &mut Session, number: CallNumber) {
+    const WORST_ALIGNMENT: u32 = 64;
+    let Some(rewriting) = session.rewriting else { return };
+    session.reuse = true;
+    checks::check(session, number);
+    session.by_jump = true;
+    checks::check(session, number);
+    session.by_jump = false;
+    let last_mode = session.space.mode == Mode::Pae || !paging::has_pae();
+    if session.rom.place == PLACES[0] && last_mode {
+        site::protect(session.space, true);
+        let across_pages = (1..=6).map(Place::before_border);
+        for place in (1..WORST_ALIGNMENT).map(Place).chain(across_pages) {
+            session.place = place;
+            checks::check(session, number);
+        }
+        site::protect(session.space, false);
+        session.place = Place::default();
+    }
+    session.use_plain(rewriting.plain);
+    checks::check(session, number);
 }
 
 /// Binds a call: to the ROM's code, or to the guest's own where the ROM leaves it to the guest.
@@ -186,7 +227,14 @@ fn open(space: Space, rom: Rom, call: &'static Call, number: CallNumber) -> Sess
         RelocationType::NOP => Some(checks::do_nothing as *const () as u32),
         _ => checks::own_code(number),
     };
-    Session::new(space, rom, call, answer.kind, target)
+    let mut session = Session::new(space, rom, call, answer.kind, target);
+    if answer.kind.has_address() {
+        session.rewriting = rom
+            .plain(number)
+            .zip(checks::own_code(number))
+            .map(|(plain, own)| Rewriting::new(call, plain, own, devices::site_rule()));
+    }
+    session
 }
 
 /// Writes what was found of a call.

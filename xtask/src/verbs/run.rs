@@ -1,7 +1,7 @@
 //! `cargo xtask run`.
 
 use crate::artifacts;
-use crate::conformance::{self, CallSummary, Conformance};
+use crate::conformance::{self, CallSummary, Conformance, Cost};
 use crate::progress::Progress;
 use crate::qemu::{Attachment, Machine, Model};
 use crate::table::{Align, BAD, Cell, DIM, GOOD, HEAD, Table};
@@ -14,8 +14,9 @@ use std::time::Duration;
 
 /// Boots the test guest on the ROM in QEMU and shows what came of each call.
 ///
-/// Without `--rom` it builds everything and boots twice: with the image whose answers are fastest,
-/// and with the one that answers CALL_REL wherever it may. Succeeds only if every check holds.
+/// Without `--rom` it builds everything and boots twice: with the default image, whose short calls
+/// become native code where they are called, and with the one that answers CALL_REL wherever it may.
+/// Succeeds only if every check holds.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Try this ROM instead of ours: any of revision 3.0.
@@ -27,9 +28,17 @@ pub struct Args {
     /// QEMU's processor model.
     #[arg(long, default_value = "max")]
     cpu: String,
+    /// Show what a kernel's operations cost, in instructions: natively and with each of our images,
+    /// or with the ROM given.
+    #[arg(long)]
+    costs: bool,
     /// Put the ROM behind a PCI card instead of giving it to the firmware.
     #[arg(long)]
     bar: bool,
+    /// Processors; the guest runs on the first.
+    #[arg(long, default_value_t = 1)]
+    processors: u32,
+
     /// Memory in MiB.
     #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(16..=2047))]
     memory: u32,
@@ -60,12 +69,14 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let built = artifacts::build_all(&findings)?;
     let roms = match &args.rom {
         Some(rom) => vec![rom.clone()],
+        None if args.costs => vec![built.native.clone(), built.fastest.clone(), built.call.clone()],
         None => vec![built.native.clone(), built.call.clone()],
     };
     let machine = Machine {
         model: args.machine,
         cpu: args.cpu.clone(),
         memory: args.memory,
+        processors: args.processors,
         limit: Duration::from_secs(args.limit),
         ..Machine::default()
     };
@@ -95,7 +106,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     if args.json {
         println!("{}", serde_json::to_string_pretty(&json(&tried))?);
     } else {
-        anstream::print!("{}", text(&tried));
+        anstream::print!("{}", text(&tried, args.costs));
     }
     Ok(if passes { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
@@ -105,8 +116,8 @@ fn file_name(path: &Path) -> String {
 }
 
 /// Everything for a reader.
-fn text(tried: &[Tried]) -> String {
-    let mut text = table(tried);
+fn text(tried: &[Tried], costs_wanted: bool) -> String {
+    let mut text = if costs_wanted { cost_table(tried) } else { table(tried) };
     for Tried { rom, result } in tried {
         text.push_str(&failures(rom, result));
     }
@@ -141,6 +152,44 @@ fn table(tried: &[Tried]) -> String {
         table.row(row);
     }
     table.render()
+}
+
+/// One row for each operation, and for each ROM what it costs.
+fn cost_table(tried: &[Tried]) -> String {
+    let mut columns = vec![Align::Left, Align::Right];
+    let mut roms: Vec<Cell> = vec!["".into(), "".into()];
+    let mut titles = vec!["instructions of", "native"];
+    for tried in tried {
+        columns.extend([Align::Right, Align::Right]);
+        roms.extend(["".into(), Cell::new(file_name(&tried.rom), HEAD)]);
+        titles.extend(["with", "ratio"]);
+    }
+    let mut table = Table::new(&columns);
+    table.row(roms);
+    table.heading(&titles);
+    let first = tried.first().map(|tried| tried.result.costs.as_slice()).unwrap_or_default();
+    for (index, Cost { operation, native, .. }) in first.iter().enumerate() {
+        let mut row: Vec<Cell> = vec![operation.as_str().into(), format!("{native:.0}").into()];
+        for tried in tried {
+            match tried.result.costs.get(index) {
+                Some(cost) => row.extend([format!("{:.0}", cost.rom).into(), ratio(cost.ratio())]),
+                None => row.extend(["".into(), "".into()]),
+            }
+        }
+        table.row(row);
+    }
+    let mut row: Vec<Cell> = vec!["geometric mean".into(), "".into()];
+    for tried in tried {
+        row.extend(["".into(), ratio(conformance::mean_ratio(&tried.result.costs))]);
+    }
+    table.row(row);
+    table.render()
+}
+
+/// A ratio; what costs nothing is good.
+fn ratio(ratio: f64) -> Cell {
+    let style = if ratio < 1.005 { GOOD } else { crate::table::PLAIN };
+    Cell::new(format!("{ratio:.3}"), style)
 }
 
 /// Answer, verdict, stack and instructions. The guest's own code is not the ROM's, so it stays in the background.
@@ -235,6 +284,7 @@ fn json(tried: &[Tried]) -> serde_json::Value {
                 "seconds": result.run.duration.as_secs_f64(),
                 "command": result.run.command,
                 "calls": result.calls,
+                "costs": result.costs,
                 "report": result.report,
             })
         })

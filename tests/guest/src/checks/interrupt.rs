@@ -54,7 +54,7 @@ pub(crate) fn EnableInterrupts(s: &mut Session) {
 fn first_on_the_sysenter_path(s: &mut Session) {
     const SYSENTER: [u8; 2] = [0x0f, 0x34];
     place_user_code(&SYSENTER);
-    let site = s.write_site(s.target());
+    let site = s.write_site().start;
     let stack = suite::trap_stack_top();
     for (register, value) in [
         (IA32_SYSENTER_CS, u32::from(KERNEL_CODE)),

@@ -204,6 +204,10 @@ fn set_long(s: &mut Session, value: u64, entry: u32, flags: u32) {
 }
 
 pub(crate) fn SetPxELong(s: &mut Session) {
+    if !processor::has_cmpxchg8b() {
+        s.skipped = Some("the processor has no CMPXCHG8B, and kernels do not use PAE on it");
+        return;
+    }
     mark_frames();
     s.each(|s| {
         for flags in FLAGS {

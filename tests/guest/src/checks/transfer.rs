@@ -6,11 +6,13 @@
 #![expect(non_snake_case, reason = "the specification's names")]
 
 use super::interrupt::has_sysenter;
-use super::{COME_BACK, place_code, place_user_code};
+use super::{COME_BACK, place_code, place_user_code, run_user};
 use crate::boot::PAGE_OFFSET;
-use crate::harness::{Context, DataSegments, Outcome, return_point};
+use crate::harness::{Context, DataSegments, Outcome, Registers, return_point};
 use crate::paging::{USER_CODE, USER_STACK_TOP, VIRTUAL_8086};
-use crate::segments::{KERNEL_CODE, USER_CODE as USER_CODE_SELECTOR, USER_DATA};
+use crate::segments::{
+    ABSENT_CODE, ABSENT_DATA, KERNEL_CODE, KERNEL_DATA, USER_CODE as USER_CODE_SELECTOR, USER_DATA,
+};
 use crate::session::{Arguments, FIXED_FLAG, INTERRUPT_FLAG, Session};
 use crate::{devices, processor, traps};
 use x86::bits32::eflags::EFlags;
@@ -25,6 +27,9 @@ const FLAGS: [u32; 2] = [
         | EFlags::FLAGS_DF.bits()
         | INTERRUPT_FLAG,
 ];
+
+/// All of IOPL: a process may try.
+const IOPL: u32 = EFlags::FLAGS_IOPL3.bits();
 
 /// What an exception reports beyond the flags that were loaded.
 const RESUME: u32 = EFlags::FLAGS_RF.bits();
@@ -109,19 +114,59 @@ fn to_virtual_8086_mode(s: &mut Session, eflags: u32) {
     s.keeps_segments(segments, outcome.after.segments);
 }
 
-/// A frame that a process can make up: the exception names the selector, and nothing else is lost.
+/// Frames that a process can make up, by a signal handler's return for example. The exception is the
+/// one that the guest's own IRET raises; where the ROM has put an IRET into the kernel, it is raised
+/// there, where the kernel's table of fix-ups knows it. Nothing is lost.
 fn to_a_bad_frame(s: &mut Session) {
     const NO_SELECTOR: u32 = 0x0ffb;
-    let frame = [USER_CODE, NO_SELECTOR, FIXED_FLAG, USER_STACK_TOP, u32::from(USER_DATA)];
-    let (before, outcome) = s.enter(Arguments::NONE.stack(&frame));
-    let fault = outcome.trap.map(|trap| (trap.frame.vector, trap.frame.error));
-    let wanted = (traps::GENERAL_PROTECTION, NO_SELECTOR & !3);
-    s.expect(
-        fault == Some(wanted),
-        format_args!("a bad CS raised {fault:x?}, must raise {wanted:x?}"),
-    );
-    keeps_all(s, &before, &outcome);
-    s.equal("ESP at the fault, where the frame is", outcome.after.esp, before.esp);
+    let (code, data) = (u32::from(USER_CODE_SELECTOR), u32::from(USER_DATA));
+    let selectors = [
+        ("a CS beyond the table", NO_SELECTOR, data),
+        ("a null CS", 3, data),
+        ("a null CS of ring 0", 0, data),
+        ("a CS of data", data, data),
+        ("a CS that is not present", u32::from(ABSENT_CODE), data),
+        ("a CS of ring 0 asked for by ring 3", u32::from(KERNEL_CODE) | 3, data),
+        ("a CS in a table that is not there", code | 4, data),
+        ("a null SS", code, 3),
+        ("an SS beyond the table", code, NO_SELECTOR),
+        ("an SS of code", code, code),
+        ("an SS that is not present", code, u32::from(ABSENT_DATA)),
+        ("an SS of ring 0", code, u32::from(KERNEL_DATA)),
+    ];
+    for (what, cs, ss) in selectors {
+        let frame = [USER_CODE, cs, FIXED_FLAG | IOPL, USER_STACK_TOP, ss];
+        let own = run_user(Registers::default(), &frame);
+        let (before, outcome) = s.enter(Arguments::NONE.stack(&frame));
+        let fault =
+            |outcome: &Outcome| outcome.trap.map(|trap| (trap.frame.vector, trap.frame.error));
+        let (found, wanted) = (fault(&outcome), fault(&own));
+        s.expect(
+            found.is_some() && found == wanted,
+            format_args!("{what} raised {found:x?}, the guest's own IRET {wanted:x?}"),
+        );
+        let eip = outcome.trap.map_or(0, |trap| trap.frame.eip);
+        match s.native_site() {
+            Some(site) => s.expect(
+                site.executes_at(eip),
+                format_args!(
+                    "EIP of the exception is {eip:#x}, not the kernel's own site {:#x}",
+                    site.start
+                ),
+            ),
+            // A ROM's own IRET faults in the ROM, which no table of the kernel's knows. One that
+            // makes the fault appear at the site does better.
+            None if s.answer.has_address() => s.expect(
+                s.rom.code().contains(&eip) || s.is_site(eip),
+                format_args!(
+                    "EIP of the exception is {eip:#x}, neither in the ROM nor at the site"
+                ),
+            ),
+            None => {}
+        }
+        keeps_all(s, &before, &outcome);
+        s.equal("ESP at the fault, where the frame is", outcome.after.esp, before.esp);
+    }
 }
 
 /// A transfer changes no register.
