@@ -1,7 +1,7 @@
 //! The machine around the processor: interrupt controller, timer, local APIC, QEMU's exit.
 
 use crate::paging;
-use crate::processor::{cpuid, has_cmpxchg8b, halt_forever, inb, outb, outl};
+use crate::processor::{cpuid, halt_forever, has_cmpxchg8b, inb, outb, outl};
 use vmi_native_backend::binding::SiteRule;
 
 /// QEMU's `isa-debug-exit`: value v ends QEMU with status 2 v + 1.
