@@ -2,8 +2,12 @@
 
 use anyhow::Result;
 use std::path::PathBuf;
+use vmi_abi::CallNumber;
+use vmi_native_backend::binding::SiteRule;
+use vmi_tests::Specimen;
 use xtask::artifacts::{self, Artifacts};
 use xtask::conformance::{self, Conformance, mean_ratio};
+use xtask::inspect::{HIGH_BASE, Rom, answers};
 use xtask::qemu::{Attachment, Machine, Model};
 
 /// Runs the guest on an option ROM.
@@ -133,6 +137,24 @@ fn a_rom_costs_nothing_on_bare_hardware() -> Result<()> {
     let call = boot(|built| &built.call, &machine)?.costs;
     assert!(1.1 < mean_ratio(&fastest), "{fastest:#?}");
     assert!(mean_ratio(&fastest) < mean_ratio(&call), "{call:#?}");
+    Ok(())
+}
+
+/// What the inspector finds by executing the ROM is what a guest is told: the image that POST leaves
+/// on this machine, in the inspector's own machine and in QEMU's.
+#[test]
+fn the_inspector_and_the_guest_get_the_same_answers() -> Result<()> {
+    let built = artifacts::ensure()?;
+    let specimen = Specimen::read(&built.native, &built.native_elf)?;
+    for (processors, rule) in [(1, SiteRule::Anywhere), (2, SiteRule::InAWord)] {
+        let machine = Machine { processors, ..Machine::default() };
+        let guest = boot(|built| &built.native, &machine)?.calls;
+        let inspected = answers(&Rom::parse(&specimen.with_rule(rule)?)?, HIGH_BASE);
+        for call in guest {
+            let found = inspected.answer_of(CallNumber(call.number)).and_then(|a| a.kind.name());
+            assert_eq!(found, Some(call.answer.as_str()), "{} {rule:?}", call.name);
+        }
+    }
     Ok(())
 }
 
