@@ -1,14 +1,19 @@
 //! Build script of the `rom` package: hands the image's layout to the linker.
 //!
 //! `cargo xtask build` links every image at two bases and compares the bytes; the base comes
-//! through `VMI_ROM_LINK_BASE` (a hexadecimal number, 0 when unset).
+//! through `VMI_ROM_LINK_BASE` (a hexadecimal number, 0 when unset). Which call lies in which slot of
+//! revision 13.x comes from the declaration of the calls.
 
 use std::env;
+use std::fmt::Write;
 use std::path::Path;
+use vmi_abi::calls::SLOTS_13;
+use vmi_abi::header::SLOT_SIZE;
+use vmi_abi::{REVISION_13_0, REVISION_13_3, Revision};
 
 fn main() {
-    let script =
-        Path::new(&env::var("CARGO_MANIFEST_DIR").expect("set by Cargo")).join("../linker.ld");
+    let variable = |name| env::var(name).expect("set by Cargo");
+    let script = Path::new(&variable("CARGO_MANIFEST_DIR")).join("../linker.ld");
     println!("cargo::rerun-if-changed=../build.rs");
     println!("cargo::rerun-if-changed=../linker.ld");
     println!("cargo::rerun-if-env-changed=VMI_ROM_LINK_BASE");
@@ -16,6 +21,17 @@ fn main() {
     if env::var("CARGO_CFG_TARGET_OS").as_deref() != Ok("none") {
         return; // Built for the host, the package is a program that only says how to build it.
     }
+    let has = |feature| env::var_os(feature).is_some();
+    let slots = if has("CARGO_FEATURE_REVISION_13_3") {
+        slots(REVISION_13_3)
+    } else if has("CARGO_FEATURE_REVISION_13_0") {
+        slots(REVISION_13_0)
+    } else {
+        String::new()
+    };
+    let output = variable("OUT_DIR");
+    std::fs::write(Path::new(&output).join("slots.ld"), slots).expect("Cargo's own folder");
+
     let base = env::var("VMI_ROM_LINK_BASE").unwrap_or_else(|_| "0".into());
     let arguments = [
         // Position-independent: what cannot be resolved now becomes a relocation, which the build refuses.
@@ -26,9 +42,37 @@ fn main() {
         "--build-id=none",
         "--gc-sections",
         &format!("--defsym=rom_link_base=0x{base}"),
+        &format!("-L{output}"), // Where linker.ld finds slots.ld.
         &format!("-T{}", script.display()),
     ];
     for argument in arguments {
         println!("cargo::rustc-link-arg-bins={argument}");
     }
+}
+
+/// The slots that hold calls, in the linker's language. What lies behind them is free for code.
+///
+/// A slot that this revision does not have holds UD2, the rest of any other what fills every gap.
+fn slots(revision: Revision) -> String {
+    let mut script = String::new();
+    for number in SLOTS_13 {
+        let start = usize::from(number) * SLOT_SIZE;
+        let end = start + SLOT_SIZE;
+        // Writing to a string cannot fail.
+        let _ = match revision.call(number.into()) {
+            Some(call) => writeln!(
+                script,
+                ". = {start:#x};\n\
+                 KEEP(*(.text.call.{name}))\n\
+                 ASSERT(. > {start:#x}, \"slot {number}: no code for {name}\");\n\
+                 ASSERT(. <= {end:#x}, \"slot {number}: {name} is longer than a slot; make it one of `long_routines!`\");",
+                name = call.name,
+            ),
+            None => {
+                writeln!(script, ". = {start:#x};\nFILL(0x0f0b)\n. = {end:#x};\nFILL(0xcccccccc)")
+            }
+        };
+    }
+    let _ = writeln!(script, ". = {:#x};", (usize::from(*SLOTS_13.end()) + 1) * SLOT_SIZE);
+    script
 }

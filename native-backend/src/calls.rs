@@ -10,19 +10,72 @@
 )]
 #![expect(non_snake_case, reason = "the specification's names")]
 
-/// Defines naked routines from their instructions.
+/// Defines naked routines from their instructions. One routine may serve several calls.
+///
+/// Each lies in a section that is named after its call, so that an image of revision 13.x can put it
+/// into the call's slot. There each call has a copy of its own; elsewhere the further names stand for
+/// the first.
 macro_rules! routines {
-    ($( $(#[$attribute:meta])* $name:ident { $($assembly:tt)* } )*) => { $(
+    ($( $(#[$attribute:meta])* $name:ident $(, $other:ident)* { $($assembly:tt)* } )*) => { $(
         $(#[$attribute])*
         ///
         /// # Safety
         ///
         /// Ring 0, with the registers and segments that the call's contract asks for.
         #[unsafe(naked)]
+        #[unsafe(link_section = concat!(".text.call.", stringify!($name)))]
         pub unsafe extern "C" fn $name() {
             core::arch::naked_asm!($($assembly)*)
         }
+        also! { $name [$($other)*] { $($assembly)* } }
     )* };
+}
+
+/// The further names of a routine.
+#[cfg(not(feature = "slots"))]
+macro_rules! also {
+    ($name:ident [$($other:ident)*] $assembly:tt) => { $( pub use self::$name as $other; )* };
+}
+
+/// The further names of a routine, with code of their own.
+#[cfg(feature = "slots")]
+macro_rules! also {
+    ($name:ident [] $assembly:tt) => {};
+    ($name:ident [$other:ident $($others:ident)*] $assembly:tt) => {
+        routines! {
+            #[doc = concat!("As [`", stringify!($name), "`].")]
+            $other $assembly
+        }
+        also! { $name [$($others)*] $assembly }
+    };
+}
+
+/// Defines naked routines that are too long for a slot of revision 13.x.
+#[cfg(not(feature = "slots"))]
+macro_rules! long_routines {
+    ($($routines:tt)*) => { routines! { $($routines)* } };
+}
+
+/// Defines naked routines that are too long for their slots: a slot jumps to its routine, which lies
+/// behind the last call. A jump is relative, so it arrives in a copy too.
+#[cfg(feature = "slots")]
+macro_rules! long_routines {
+    ($(
+        $(#[$attribute:meta])*
+        $name:ident { $($code:literal,)+ $($operand:ident = const $value:expr,)* }
+    )*) => { routines! { $(
+        $(#[$attribute])*
+        $name {
+            "jmp 99f",
+            concat!(".pushsection .text.long.", stringify!($name), ", \"ax\", @progbits"),
+            concat!(".type long_", stringify!($name), ", @function"),
+            concat!("long_", stringify!($name), ": 99:"),
+            $($code,)+
+            concat!(".size long_", stringify!($name), ", . - long_", stringify!($name)),
+            ".popsection",
+            $($operand = const $value,)*
+        }
+    )* } };
 }
 
 /// Defines naked routines for calls whose native code is no longer than the instruction that calls
@@ -80,6 +133,8 @@ mod power;
 mod processor;
 #[cfg(feature = "rewrite-sites")]
 mod site;
+#[cfg(feature = "slots")]
+mod slots;
 
 pub use descriptor::*;
 pub use interrupt::*;
@@ -89,12 +144,13 @@ pub use power::*;
 pub use processor::*;
 #[cfg(feature = "rewrite-sites")]
 pub use site::rewrite_site;
+pub use slots::*;
 
 routines! {
     /// Whether the native backend can run here: EAX = 0 in ring 0, the ring elsewhere.
     ///
     /// `vmi_init` of the native image. Changes EAX and flags.
-    initialize {
+    initialize, Init {
         "mov eax, cs",
         "and eax, 3",
         "ret",
@@ -107,11 +163,14 @@ routines! {
 }
 
 pub use not_served as SetCallbacks;
-pub use not_served as APICWrite;
-pub use not_served as APICRead;
-pub use not_served as GetCycleFrequency;
-pub use not_served as GetCycleCounter;
-pub use not_served as SetAlarm;
-pub use not_served as CancelAlarm;
-pub use not_served as GetWallclockTime;
-pub use not_served as WallclockUpdated;
+#[cfg(not(feature = "slots"))]
+mod slots {
+    pub use super::not_served as APICRead;
+    pub use super::not_served as APICWrite;
+    pub use super::not_served as CancelAlarm;
+    pub use super::not_served as GetCycleCounter;
+    pub use super::not_served as GetCycleFrequency;
+    pub use super::not_served as GetWallclockTime;
+    pub use super::not_served as SetAlarm;
+    pub use super::not_served as WallclockUpdated;
+}

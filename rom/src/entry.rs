@@ -6,6 +6,7 @@
 
 #![expect(unsafe_code, reason = "UNSAFETY: `global_asm!` with symbols")]
 
+use crate::REVISION;
 use core::arch::global_asm;
 
 /// The debug console of Bochs and of QEMU's `-debugcon`. Reading it answers its own number.
@@ -39,7 +40,12 @@ global_asm!(
     "cld",
     look_at_the_machine!(),
     "callw put_string",
-    concat!(".asciz \"VMI ROM ", env!("CARGO_PKG_VERSION"), ": interface 3.0, native backend, at \""),
+    concat!(".ascii \"VMI ROM ", env!("CARGO_PKG_VERSION"), ": interface \""),
+    ".if {major_tens}",
+    ".byte 0x30 + {major_tens}",
+    ".endif",
+    ".byte 0x30 + {major_ones}, 0x2e, 0x30 + {minor}", // A dot between.
+    ".asciz \", native backend, at \"",
 
     // The address: CS in hexadecimal, and a zero for the four bits that a segment leaves out.
     "movw %cs, %bp",
@@ -96,6 +102,9 @@ global_asm!(
 
     ".code32",
     ".popsection",
+    major_tens = const REVISION.major / 10,
+    major_ones = const REVISION.major % 10,
+    minor = const REVISION.minor,
     teletype = const TELETYPE,
     debug_port = const DEBUG_PORT,
     seabios_port = const SEABIOS_DEBUG_PORT,

@@ -1,13 +1,15 @@
 //! What firmware and guest read at the start of the image.
 //!
+//! Revision 13.x has slots from 80h on, so all of this lies below 80h there, without the licence,
+//! for which it has no field.
 //! Every offset comes from the structures of [`vmi_abi::header`]. Length and checksum bytes stay
 //! zero here: `xtask` sets them when it knows the size.
 
 #![expect(unsafe_code, reason = "UNSAFETY: `global_asm!` with symbols")]
 
+use crate::REVISION;
 use core::arch::global_asm;
 use core::mem::{offset_of, size_of};
-use vmi_abi::REVISION_3_0;
 use vmi_abi::header::{
     PCI_DEVICE, PCI_LAST_IMAGE, PCI_SIGNATURE, PCI_VENDOR, PNP_SIGNATURE, PciHeader, PnpHeader,
     ROM_SIGNATURE, RomHeader, VMI_SIGNATURE,
@@ -22,6 +24,13 @@ const CLASS_BASE: u8 = 0x08;
 
 /// Subclass within [`CLASS_BASE`].
 const CLASS_SUB: u8 = 0x80;
+
+/// Bytes of the header: revision 13.x has only the part before the reserved bytes.
+const HEADER_SIZE: usize = if REVISION.has_slots() {
+    offset_of!(RomHeader, reserved_3)
+} else {
+    size_of::<RomHeader>()
+};
 
 /// A decimal number of one of the package's version parts.
 const fn version_part(text: &str) -> u8 {
@@ -46,15 +55,30 @@ global_asm!(
     ".byte {minor}, {major}",
     ".org rom_start + {virtual_top_at}",
     ".long {virtual_top}",
+    ".if {has_lookup}",
     ".org rom_start + {license_at}",
     ".word license - rom_start",
+    ".endif",
+    ".org rom_start + {pci_header_at}",
     ".word pci_header - rom_start",
     ".word pnp_header - rom_start",
+    ".if {has_lookup}",
     ".org rom_start + {vmi_init_at}",
     "jmp {initialize}",
     ".org rom_start + {get_reloc_at}",
     "jmp get_reloc",
+    ".endif",
     ".org rom_start + {header_size}, 0",
+
+    ".balign 16",
+    "pnp_header:",
+    ".long {pnp_signature}",
+    ".byte 1, {pnp_size} / 16",
+    ".org pnp_header + {manufacturer_at}",
+    ".word manufacturer - rom_start",
+    ".word product - rom_start",
+    ".byte 0, {class_sub}, {class_base}",
+    ".org pnp_header + {pnp_size}",
 
     ".balign 4",
     "pci_header:",
@@ -69,35 +93,29 @@ global_asm!(
     ".byte 0, {last_image}",
     ".org pci_header + {pci_size}",
 
-    ".balign 16",
-    "pnp_header:",
-    ".long {pnp_signature}",
-    ".byte 1, {pnp_size} / 16",
-    ".org pnp_header + {manufacturer_at}",
-    ".word manufacturer - rom_start",
-    ".word product - rom_start",
-    ".byte 0, {class_sub}, {class_base}",
-    ".org pnp_header + {pnp_size}",
-
-    "license: .asciz \"GPL v2\"",
     "manufacturer: .asciz \"open VMI ROM\"",
     concat!("product: .asciz \"native backend ", env!("CARGO_PKG_VERSION"), "\""),
+    ".if {has_lookup}",
+    "license: .asciz \"GPL v2\"",
     "copyright: .asciz \"Copyright the open VMI ROM authors, MIT OR GPL-2.0-only\"",
+    ".endif",
     ".popsection",
 
     rom_signature = const ROM_SIGNATURE,
     entry_at = const offset_of!(RomHeader, rom_entry),
     vrom_signature_at = const offset_of!(RomHeader, vrom_signature),
     vrom_signature = const VMI_SIGNATURE,
-    minor = const REVISION_3_0.minor,
-    major = const REVISION_3_0.major,
+    minor = const REVISION.minor,
+    major = const REVISION.major,
+    has_lookup = const !REVISION.has_slots() as u8,
     virtual_top_at = const offset_of!(RomHeader, virtual_top),
     virtual_top = const VIRTUAL_TOP,
     license_at = const offset_of!(RomHeader, license_offs),
+    pci_header_at = const offset_of!(RomHeader, pci_header_offs),
     vmi_init_at = const offset_of!(RomHeader, vmi_init),
     initialize = sym initialize,
     get_reloc_at = const offset_of!(RomHeader, get_reloc),
-    header_size = const size_of::<RomHeader>(),
+    header_size = const HEADER_SIZE,
     pci_signature = const u32::from_le_bytes(PCI_SIGNATURE),
     vendor = const PCI_VENDOR,
     device = const PCI_DEVICE,

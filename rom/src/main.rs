@@ -5,7 +5,8 @@
 //! - `header`: the structures and strings that firmware and guest read,
 //! - `entry`: the 16-bit code that the BIOS runs at POST,
 //! - `processors`: the part of it that finds out whether call sites may be rewritten,
-//! - `table`: `vmi_init`, `get_reloc` and its table, made from the declaration of the calls.
+//! - `table`: `get_reloc` of revision 3.0 and its table, made from the declaration of the calls,
+//! - `slots`: what revision 13.x has in its place.
 //!
 //! This crate alone picks backends. `cargo xtask build` links it, cuts out the bytes, pads them and
 //! sets length and checksum.
@@ -19,8 +20,20 @@ mod processors;
 mod entry;
 #[cfg(target_os = "none")]
 mod header;
-#[cfg(target_os = "none")]
+#[cfg(all(target_os = "none", feature = "slots"))]
+mod slots;
+#[cfg(all(target_os = "none", not(feature = "slots")))]
 mod table;
+
+/// The revision of the interface that this image serves.
+#[cfg(target_os = "none")]
+const REVISION: vmi_abi::Revision = if cfg!(feature = "revision-13-3") {
+    vmi_abi::REVISION_13_3
+} else if cfg!(feature = "revision-13-0") {
+    vmi_abi::REVISION_13_0
+} else {
+    vmi_abi::REVISION_3_0
+};
 
 /// No code in the image panics; the language wants the handler all the same.
 #[cfg(target_os = "none")]

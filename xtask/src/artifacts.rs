@@ -1,6 +1,6 @@
 //! What a build leaves behind, for those who need it without asking how it came about.
 
-use crate::build::{self, Tools};
+use crate::build::{self, Form, Tools};
 use crate::toolchain::{Emulator, Findings};
 use anyhow::{Context, Result};
 use std::path::PathBuf;
@@ -22,6 +22,10 @@ pub struct Artifacts {
     pub fastest_elf: PathBuf,
     /// The linked file of `call`.
     pub call_elf: PathBuf,
+    /// The image of revision 13.0.
+    pub slots_13_0: PathBuf,
+    /// The image of revision 13.3.
+    pub slots_13_3: PathBuf,
     /// The test guest.
     pub guest: PathBuf,
     /// QEMU.
@@ -53,9 +57,11 @@ pub fn build_all(findings: &Findings) -> Result<Artifacts> {
         .clone()
         .map_err(anyhow::Error::msg)
         .context("no QEMU; `cargo xtask setup` says how to get it")?;
-    let native = build::rom(&tools, Bind::Rewrite)?;
-    let fastest = build::rom(&tools, Bind::Fastest)?;
-    let call = build::rom(&tools, Bind::Call)?;
+    let native = build::rom(&tools, Form::Lookup(Bind::Rewrite))?;
+    let fastest = build::rom(&tools, Form::Lookup(Bind::Fastest))?;
+    let call = build::rom(&tools, Form::Lookup(Bind::Call))?;
+    let slots_13_0 = build::rom(&tools, Form::Slots13_0)?;
+    let slots_13_3 = build::rom(&tools, Form::Slots13_3)?;
     let guest = build::guest(&tools)?;
     Ok(Artifacts {
         native: native.path,
@@ -64,6 +70,8 @@ pub fn build_all(findings: &Findings) -> Result<Artifacts> {
         native_elf: native.elf,
         fastest_elf: fastest.elf,
         call_elf: call.elf,
+        slots_13_0: slots_13_0.path,
+        slots_13_3: slots_13_3.path,
         guest,
         emulator,
     })

@@ -13,6 +13,8 @@ use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use vmi_abi::header::SLOT_TABLE_SIZE;
+use vmi_abi::{REVISION_3_0, REVISION_13_0, REVISION_13_3, Revision};
 use vmi_native_backend::binding::Bind;
 
 /// The target's description, from the top of the tree.
@@ -62,32 +64,68 @@ pub struct Rom {
     pub path: PathBuf,
     /// The linked file that it was cut from, for its symbols.
     pub elf: PathBuf,
-    /// Its answers.
-    pub bind: Bind,
+    /// What it is.
+    pub form: Form,
     /// Its bytes.
     pub image: Image,
 }
 
-/// The image's file name without its ending.
-#[must_use]
-pub const fn rom_name(bind: Bind) -> &'static str {
-    match bind {
-        Bind::Rewrite => "vmi-native",
-        Bind::Fastest => "vmi-native-fastest",
-        Bind::Call => "vmi-native-call",
+/// The images that there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// Revision 3.0, with these answers.
+    Lookup(Bind),
+    /// Revision 13.0: slots.
+    Slots13_0,
+    /// Revision 13.3: slots, and answers that say where they are.
+    Slots13_3,
+}
+
+impl Form {
+    /// The revision of the interface.
+    #[must_use]
+    pub const fn revision(self) -> Revision {
+        match self {
+            Self::Lookup(_) => REVISION_3_0,
+            Self::Slots13_0 => REVISION_13_0,
+            Self::Slots13_3 => REVISION_13_3,
+        }
     }
-}
 
-/// Where the image of this kind lands.
-#[must_use]
-pub fn rom_path(bind: Bind) -> PathBuf {
-    crate::workspace().join("target/rom").join(rom_name(bind)).with_extension("rom")
-}
+    /// The file's name without its ending.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Lookup(Bind::Rewrite) => "vmi-native",
+            Self::Lookup(Bind::Fastest) => "vmi-native-fastest",
+            Self::Lookup(Bind::Call) => "vmi-native-call",
+            Self::Slots13_0 => "vmi-13.0-native",
+            Self::Slots13_3 => "vmi-13.3-native",
+        }
+    }
 
-/// Where the linked file of the image of this kind lands.
-#[must_use]
-pub fn elf_path(bind: Bind) -> PathBuf {
-    rom_path(bind).with_extension("elf")
+    /// The feature of the image's package that makes it this one.
+    const fn feature(self) -> Option<&'static str> {
+        match self {
+            Self::Lookup(Bind::Rewrite) => Some("rewrite-sites"),
+            Self::Lookup(Bind::Fastest) => None,
+            Self::Lookup(Bind::Call) => Some("bind-call"),
+            Self::Slots13_0 => Some("revision-13-0"),
+            Self::Slots13_3 => Some("revision-13-3"),
+        }
+    }
+
+    /// The most bytes that it may have. Guests copy the slots, and run the copy: all must be in it.
+    #[must_use]
+    pub const fn limit(self) -> usize {
+        if self.revision().has_slots() { SLOT_TABLE_SIZE } else { image::NATIVE_LIMIT }
+    }
+
+    /// Where the image lands.
+    #[must_use]
+    pub fn path(self) -> PathBuf {
+        crate::workspace().join("target/rom").join(format!("{}.rom", self.name()))
+    }
 }
 
 /// Where the test guest lands.
@@ -101,31 +139,29 @@ pub fn guest_path() -> PathBuf {
 /// # Errors
 ///
 /// It does not compile, or [`image::make`] refuses it.
-pub fn rom(tools: &Tools, bind: Bind) -> Result<Rom> {
-    let path = rom_path(bind);
+pub fn rom(tools: &Tools, form: Form) -> Result<Rom> {
+    let path = form.path();
     let progress = Progress::start(format!("building {}", shown(&path)));
     let _lock = lock()?;
     let mut linked = Vec::new();
     for base in LINK_BASES {
         let mut cargo = inner_cargo(tools, "build");
         cargo.args(["--release", "--package", "vmi-rom"]).env("VMI_ROM_LINK_BASE", base);
-        match bind {
-            Bind::Rewrite => cargo.args(["--features", "vmi-rom/rewrite-sites"]),
-            Bind::Fastest => &mut cargo,
-            Bind::Call => cargo.args(["--features", "vmi-rom/bind-call"]),
-        };
+        if let Some(feature) = form.feature() {
+            cargo.args(["--features", &format!("vmi-rom/{feature}")]);
+        }
         run(&mut cargo, &progress)?;
         linked.push(read(&output_path("vmi-rom"))?);
     }
     let [first, second] = &linked[..] else {
         bail!("two link bases were built, {} files are there", linked.len())
     };
-    let image = image::make(first, second, image::NATIVE_LIMIT)
+    let image = image::make(first, second, form.limit())
         .with_context(|| format!("{} is refused", shown(&path)))?;
-    let elf = elf_path(bind);
+    let elf = path.with_extension("elf");
     write(&elf, first)?;
     write(&path, &image.bytes)?;
-    Ok(Rom { path, elf, bind, image })
+    Ok(Rom { path, elf, form, image })
 }
 
 /// Writes a copy of an image for the expansion ROM of a PCI card, beside the image.
@@ -134,7 +170,7 @@ pub fn rom(tools: &Tools, bind: Bind) -> Result<Rom> {
 ///
 /// The file cannot be written.
 pub fn write_for_card(rom: &Rom, vendor: u16, device: u16) -> Result<PathBuf> {
-    let name = format!("{}-{vendor:04x}-{device:04x}.rom", rom_name(rom.bind));
+    let name = format!("{}-{vendor:04x}-{device:04x}.rom", rom.form.name());
     let path = rom.path.with_file_name(name);
     write(&path, &image::for_card(&rom.image.bytes, vendor, device))?;
     Ok(path)

@@ -12,11 +12,12 @@ use goblin::elf::section_header::{SHF_ALLOC, SHT_REL, SHT_RELA};
 use iced_x86::{Code, CpuidFeature, Decoder, DecoderOptions, Instruction};
 use object::{Object, ObjectSection, ObjectSymbol, SymbolKind};
 use std::mem::offset_of;
-use vmi_abi::REVISION_3_0;
 use vmi_abi::header::{
-    LENGTH_UNIT, PCI_SIGNATURE, PNP_SIGNATURE, PciHeader, PnpHeader, RomHeader, checksum,
+    LENGTH_UNIT, PCI_SIGNATURE, PNP_SIGNATURE, PciHeader, PnpHeader, RomHeader, SLOT_TABLE_SIZE,
+    checksum,
 };
 use vmi_abi::probe::{self, Refusal as ProbeRefusal};
+use vmi_abi::{REVISION_3_0, Revision};
 use zerocopy::FromBytes;
 
 /// The most bytes that the native image may have.
@@ -33,7 +34,11 @@ const LOADER_SECTIONS: [&str; 6] =
     [".dynamic", ".dynsym", ".dynstr", ".hash", ".gnu.hash", ".interp"];
 
 /// What fills the space behind the code: a breakpoint, for whoever runs into it.
-const FILLER: u8 = 0xcc;
+const FILLER: [u8; 2] = [0xcc, 0xcc];
+
+/// What fills the slots of revision 13.x that hold neither call nor code: UD2. They begin at even
+/// offsets, so it is whole where a guest could enter one.
+const SLOT_FILLER: [u8; 2] = [0x0f, 0x0b];
 
 /// Why a linked file does not become an image.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -160,12 +165,23 @@ pub fn make(first: &[u8], second: &[u8], limit: usize) -> Result<Image, Refusal>
     first.check_same(&second)?;
     first.check_instructions()?;
     let used = first.bytes.len();
-    let size = (used + 1).next_multiple_of(LENGTH_UNIT);
+    let least = if revision(first.bytes).has_slots() { SLOT_TABLE_SIZE } else { 0 };
+    let size = (used + 1).next_multiple_of(LENGTH_UNIT).max(least);
     if size > limit {
         return Err(Refusal::TooLarge { size, limit, largest: first.largest() });
     }
     let bytes = finish(first.bytes, size)?;
     Ok(Image { bytes, used })
+}
+
+/// The revision that an image says it serves: 3.0 for one that the interface does not know, so that
+/// it is refused as no ROM of that.
+fn revision(image: &[u8]) -> Revision {
+    RomHeader::read_from_prefix(image)
+        .map(|(header, _)| Revision { major: header.api_version_maj, minor: header.api_version_min })
+        .ok()
+        .filter(|revision| revision.calls().next().is_some())
+        .unwrap_or(REVISION_3_0)
 }
 
 /// Pads an image to `size` bytes and sets its lengths and checksums.
@@ -174,8 +190,11 @@ pub fn make(first: &[u8], second: &[u8], limit: usize) -> Result<Image, Refusal>
 ///
 /// The headers are not where they should be.
 pub fn finish(unfinished: &[u8], size: usize) -> Result<Vec<u8>, Refusal> {
+    let revision = revision(unfinished);
+    let filler = if revision.has_slots() { SLOT_FILLER } else { FILLER };
     let mut bytes = unfinished.to_vec();
-    bytes.resize(size, FILLER);
+    bytes.truncate(size);
+    bytes.extend((bytes.len()..size).map(|offset| filler[offset % filler.len()]));
     let units = size / LENGTH_UNIT;
     let header = |bytes: &[u8]| {
         RomHeader::read_from_prefix(bytes)
@@ -213,7 +232,7 @@ pub fn finish(unfinished: &[u8], size: usize) -> Result<Vec<u8>, Refusal> {
     set_checksum(pnp, offset_of!(PnpHeader, checksum));
     set_checksum(&mut bytes, size - 1);
 
-    probe::probe(&bytes, REVISION_3_0).map_err(Refusal::Header)?;
+    probe::probe(&bytes, revision).map_err(Refusal::Header)?;
     Ok(bytes)
 }
 

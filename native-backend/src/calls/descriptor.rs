@@ -66,14 +66,16 @@ routines! {
     /// EAX table, EDX index, ECX low word, stack high word; changes ECX.
     ///
     /// Native code for all three tables: memory is memory.
-    WriteGDTEntry {
+    WriteGDTEntry, WriteLDTEntry, WriteIDTEntry {
         "mov [eax + edx * {size}], ecx",
         "mov ecx, [esp + 4]",
         "mov [eax + edx * {size} + 4], ecx",
         "ret",
         size = const DESCRIPTOR_SIZE,
     }
+}
 
+long_routines! {
     /// EDX ring-0 stack pointer; changes EAX, ECX, flags.
     ///
     /// EAX should point to the task state segment, but Linux passes a data selector: the task
@@ -101,6 +103,3 @@ routines! {
         esp0 = const TASK_STATE_ESP0,
     }
 }
-
-pub use WriteGDTEntry as WriteLDTEntry;
-pub use WriteGDTEntry as WriteIDTEntry;

@@ -30,7 +30,7 @@ const FAST_RESET: u8 = 0x01;
 /// Accesses to [`DELAY_PORT`] before the next way is tried: some 50 ms.
 const PATIENCE: u32 = 50_000;
 
-routines! {
+long_routines! {
     /// EAX kind; does not return.
     ///
     /// Four ways, each given time to work before the next: a soft reset begins with those that
@@ -93,7 +93,9 @@ routines! {
         not_fast_reset = const !FAST_RESET,
         delay_port = const DELAY_PORT,
     }
+}
 
+routines! {
     /// Does not return: what cannot be masked (an NMI) finds the processor halted again.
     Shutdown {
         "cli",

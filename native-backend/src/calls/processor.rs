@@ -54,6 +54,34 @@ routines! {
         "ret",
     }
 
+    /// Nothing in, nothing out.
+    INVD {
+        "invd",
+        "ret",
+    }
+
+    /// Nothing in, nothing out: the processor rests for a moment.
+    Pause {
+        "pause",
+        "ret",
+    }
+
+    /// ECX counter -> EDX:EAX.
+    RDPMC {
+        "rdpmc",
+        "ret",
+    }
+
+    /// EAX state, EDX APIC number: both ignored, and nothing is changed.
+    ///
+    /// Hardware starts a processor in real mode where the STARTUP IPI points, and kernels bring a
+    /// trampoline of their own for that, which they send with or without this call.
+    SetInitialAPState {
+        "ret",
+    }
+}
+
+long_routines! {
     /// EAX register 0 to 7, EDX value; changes EAX, ECX, flags. Another number does nothing.
     ///
     /// The register's number is part of the instruction, so there is one for each, four bytes
@@ -110,20 +138,6 @@ routines! {
         "lea ecx, [ecx + eax * 4]",
         "jmp ecx",
         "3: xor eax, eax",
-        "ret",
-    }
-
-    /// ECX counter -> EDX:EAX.
-    RDPMC {
-        "rdpmc",
-        "ret",
-    }
-
-    /// EAX state, EDX APIC number: both ignored, and nothing is changed.
-    ///
-    /// Hardware starts a processor in real mode where the STARTUP IPI points, and kernels bring a
-    /// trampoline of their own for that, which they send with or without this call.
-    SetInitialAPState {
         "ret",
     }
 }

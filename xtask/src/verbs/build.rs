@@ -1,9 +1,9 @@
 //! `cargo xtask build`.
 
-use crate::build::{self, Rom, Tools};
+use crate::build::{self, Form, Rom, Tools};
 use crate::table::{Align, Cell, DIM, Table};
 use crate::toolchain::Need;
-use anyhow::Result;
+use anyhow::{Result, bail};
 use sha2::{Digest, Sha256};
 use std::process::ExitCode;
 use vmi_abi::{CALLS_3_0, RelocationType};
@@ -16,9 +16,14 @@ use vmi_native_backend::binding::{Bind, answer};
 /// the linked file beside each, and target/guest/vmi-guest.elf.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// What the image answers, and whether short calls become native code where they are called.
-    #[arg(long, value_enum, default_value_t = Binding::All)]
-    bind: Binding,
+    /// Which revision of the interface the image serves.
+    #[arg(long, value_enum, default_value_t = Api::All)]
+    api: Api,
+
+    /// Of revision 3.0: what the image answers, and whether short calls become native code where
+    /// they are called. A ROM of 13.x has no answers to choose from. [default: all]
+    #[arg(long, value_enum, hide_default_value = true)]
+    bind: Option<Binding>,
 
     /// Also write a copy of each image for the expansion ROM of a PCI card, here the card's vendor
     /// and device in hexadecimal: 8086:100e is QEMU's e1000. SeaBIOS starts no other ROM from a
@@ -35,7 +40,23 @@ fn card(text: &str) -> Result<(u16, u16), String> {
         .ok_or_else(|| "not two hexadecimal numbers like 8086:100e".into())
 }
 
-/// Which images to build.
+/// Which revisions to build.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Api {
+    /// Linux 2.6.21 to 2.6.36: calls are looked up.
+    #[value(name = "3.0")]
+    Lookup,
+    /// target/rom/vmi-13.0-native.rom, for the Linux patches of March 2006: calls lie in slots.
+    #[value(name = "13.0")]
+    Slots13_0,
+    /// target/rom/vmi-13.3-native.rom, for Sanos: slots as well.
+    #[value(name = "13.3")]
+    Slots13_3,
+    /// All of them.
+    All,
+}
+
+/// Which images of revision 3.0 to build.
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
 enum Binding {
     /// target/rom/vmi-native.rom: as `fastest`, and short calls become native code at their sites.
@@ -59,19 +80,39 @@ impl Binding {
     }
 }
 
+/// The images that were asked for.
+///
+/// # Errors
+///
+/// Answers were chosen for a revision that has none.
+fn forms(args: &Args) -> Result<Vec<Form>> {
+    let kinds = args.bind.unwrap_or(Binding::All).kinds();
+    let lookup = || kinds.iter().copied().map(Form::Lookup);
+    Ok(match (args.api, args.bind) {
+        (Api::Lookup, _) => lookup().collect(),
+        (Api::Slots13_0, None) => vec![Form::Slots13_0],
+        (Api::Slots13_3, None) => vec![Form::Slots13_3],
+        (Api::All, None) => lookup().chain([Form::Slots13_0, Form::Slots13_3]).collect(),
+        // As before there was another revision: who chooses answers means the one that has them.
+        (Api::All, Some(_)) => lookup().collect(),
+        (Api::Slots13_0 | Api::Slots13_3, Some(_)) => {
+            bail!("--bind is for revision 3.0: in 13.x a guest enters the slots without asking")
+        }
+    })
+}
+
 /// Builds.
 ///
 /// # Errors
 ///
 /// Something that the build needs is missing, or the build fails.
 pub fn run(args: &Args) -> Result<ExitCode> {
+    let forms = forms(args)?;
     let findings = super::setup::provide(Need::BUILD)?;
     let tools = Tools::from_findings(&findings)?;
-    let roms = args
-        .bind
-        .kinds()
-        .iter()
-        .map(|bind| build::rom(&tools, *bind))
+    let roms = forms
+        .into_iter()
+        .map(|form| build::rom(&tools, form))
         .collect::<Result<Vec<Rom>>>()?;
 
     let mut table = Table::new(&[
@@ -91,7 +132,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             rom.image.free().to_string().into(),
             size.to_string().into(),
             sum(&rom.image.bytes),
-            answers(rom.bind).into(),
+            answers(rom.form).into(),
         ]);
     }
     anstream::print!("{}", table.render());
@@ -116,8 +157,11 @@ fn sum(bytes: &[u8]) -> Cell {
     Cell::new(digits, DIM)
 }
 
-/// How many calls the image answers in which way.
-fn answers(bind: Bind) -> String {
+/// How many calls the image answers in which way, or has slots for.
+fn answers(form: Form) -> String {
+    let Form::Lookup(bind) = form else {
+        return format!("{} slots", form.revision().calls().count());
+    };
     let kinds = [
         RelocationType::NONE,
         RelocationType::CALL_REL,
