@@ -26,11 +26,8 @@ const CLASS_BASE: u8 = 0x08;
 const CLASS_SUB: u8 = 0x80;
 
 /// Bytes of the header: revision 13.x has only the part before the reserved bytes.
-const HEADER_SIZE: usize = if REVISION.has_slots() {
-    offset_of!(RomHeader, reserved_3)
-} else {
-    size_of::<RomHeader>()
-};
+const HEADER_SIZE: usize =
+    if REVISION.has_slots() { offset_of!(RomHeader, reserved_3) } else { size_of::<RomHeader>() };
 
 /// A decimal number of one of the package's version parts.
 const fn version_part(text: &str) -> u8 {

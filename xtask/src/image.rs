@@ -178,7 +178,10 @@ pub fn make(first: &[u8], second: &[u8], limit: usize) -> Result<Image, Refusal>
 /// it is refused as no ROM of that.
 fn revision(image: &[u8]) -> Revision {
     RomHeader::read_from_prefix(image)
-        .map(|(header, _)| Revision { major: header.api_version_maj, minor: header.api_version_min })
+        .map(|(header, _)| Revision {
+            major: header.api_version_maj,
+            minor: header.api_version_min,
+        })
         .ok()
         .filter(|revision| revision.calls().next().is_some())
         .unwrap_or(REVISION_3_0)

@@ -56,7 +56,7 @@ fn another_folder_and_another_user_give_the_same_bytes() -> Result<()> {
     let output = command.output()?;
     ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 
-    for rom in [&built.native, &built.call] {
+    for rom in [&built.native, &built.call, &built.slots_13_0, &built.slots_13_3] {
         let name = rom.file_name().context("a file")?;
         let other = fs::read(tree.join("target/rom").join(name))?;
         assert!(fs::read(rom)? == other, "{} differs", rom.display());

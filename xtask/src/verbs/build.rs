@@ -110,10 +110,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let forms = forms(args)?;
     let findings = super::setup::provide(Need::BUILD)?;
     let tools = Tools::from_findings(&findings)?;
-    let roms = forms
-        .into_iter()
-        .map(|form| build::rom(&tools, form))
-        .collect::<Result<Vec<Rom>>>()?;
+    let roms =
+        forms.into_iter().map(|form| build::rom(&tools, form)).collect::<Result<Vec<Rom>>>()?;
 
     let mut table = Table::new(&[
         Align::Left,
