@@ -670,6 +670,19 @@ mod tests {
     }
 
     #[test]
+    fn slots_are_padded_to_what_guests_copy() {
+        let mut file = File::with_code(&[0xc3]);
+        file.rom[offset_of!(RomHeader, api_version_maj)] = 13;
+        let image = make(&file.bytes(), &file.bytes(), SLOT_TABLE_SIZE).expect("nothing wrong");
+        assert_eq!((image.bytes.len(), image.used), (SLOT_TABLE_SIZE, 0x101));
+        assert_eq!(image.bytes[0x101..0x104], [0x0b, 0x0f, 0x0b]);
+        assert_eq!(checksum(&image.bytes), 0);
+        file.rom[offset_of!(RomHeader, api_version_maj)] = 4;
+        let revision = Revision { major: 4, minor: 0 };
+        assert_eq!(refusal(&file), Refusal::Header(ProbeRefusal::Revision(revision)));
+    }
+
+    #[test]
     fn a_relocation_is_refused_with_its_place() {
         let mut file = File::good();
         let entry = [0x0101_u32.to_le_bytes(), 8_u32.to_le_bytes()].concat();

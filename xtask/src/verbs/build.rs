@@ -93,7 +93,7 @@ fn forms(args: &Args) -> Result<Vec<Form>> {
         (Api::Slots13_0, None) => vec![Form::Slots13_0],
         (Api::Slots13_3, None) => vec![Form::Slots13_3],
         (Api::All, None) => lookup().chain([Form::Slots13_0, Form::Slots13_3]).collect(),
-        // As before there was another revision: who chooses answers means the one that has them.
+        // Whoever chooses answers means the revision that has them.
         (Api::All, Some(_)) => lookup().collect(),
         (Api::Slots13_0 | Api::Slots13_3, Some(_)) => {
             bail!("--bind is for revision 3.0: in 13.x a guest enters the slots without asking")
@@ -174,4 +174,26 @@ fn answers(form: Form) -> String {
         })
         .collect::<Vec<_>>()
         .join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_are_chosen_for_revision_3_0_only() {
+        let asked = |api, bind| forms(&Args { api, bind, card: None });
+        let names = |api, bind| -> Vec<&str> {
+            asked(api, bind).expect("sensible").into_iter().map(Form::name).collect()
+        };
+        assert_eq!(names(Api::All, None).len(), 5);
+        assert_eq!(names(Api::All, Some(Binding::Call)), ["vmi-native-call"]);
+        assert_eq!(names(Api::Lookup, Some(Binding::Rewrite)), ["vmi-native"]);
+        assert_eq!(names(Api::Lookup, None).len(), 3);
+        assert_eq!(names(Api::Slots13_0, None), ["vmi-13.0-native"]);
+        assert_eq!(names(Api::Slots13_3, None), ["vmi-13.3-native"]);
+        for api in [Api::Slots13_0, Api::Slots13_3] {
+            assert!(asked(api, Some(Binding::All)).is_err());
+        }
+    }
 }
