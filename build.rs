@@ -54,25 +54,22 @@ fn main() {
 ///
 /// A slot that this revision does not have holds UD2, the rest of any other what fills every gap.
 fn slots(revision: Revision) -> String {
-    let mut script = String::new();
+    let mut script = format!(". = {:#x};\n", usize::from(*SLOTS_13.start()) * SLOT_SIZE);
     for number in SLOTS_13 {
         let start = usize::from(number) * SLOT_SIZE;
         let end = start + SLOT_SIZE;
-        // Writing to a string cannot fail.
+        // MAX, so that the linker comes to the assertion. Writing to a string cannot fail.
         let _ = match revision.call(number.into()) {
             Some(call) => writeln!(
                 script,
-                ". = {start:#x};\n\
-                 KEEP(*(.text.call.{name}))\n\
+                "KEEP(*(.text.call.{name}))\n\
                  ASSERT(. > {start:#x}, \"slot {number}: no code for {name}\");\n\
-                 ASSERT(. <= {end:#x}, \"slot {number}: {name} is longer than a slot; make it one of `long_routines!`\");",
+                 ASSERT(. <= {end:#x}, \"slot {number}: {name} is longer than a slot; make it one of `long_routines!`\");\n\
+                 . = MAX(., {end:#x});",
                 name = call.name,
             ),
-            None => {
-                writeln!(script, ". = {start:#x};\nFILL(0x0f0b)\n. = {end:#x};\nFILL(0xcccccccc)")
-            }
+            None => writeln!(script, "FILL(0x0f0b)\n. = {end:#x};\nFILL(0xcccccccc)"),
         };
     }
-    let _ = writeln!(script, ". = {:#x};", (usize::from(*SLOTS_13.end()) + 1) * SLOT_SIZE);
     script
 }

@@ -109,9 +109,7 @@ routines! {
     MachineToPhysical, PhysicalToMachine {
         "ret",
     }
-}
 
-long_routines! {
     /// EAX flags; changes EAX, ECX, flags.
     ///
     /// Clearing CR4.PGE drops global translations too; interrupts stay out so that no handler meets
@@ -119,12 +117,12 @@ long_routines! {
     FlushTLB {
         "test al, {global}",
         "jz 2f",
-        "mov ecx, cr4",
-        "test cl, {pge}",
+        "mov eax, cr4",
+        "test al, {pge}",
         "jz 2f",
         "pushfd",
         "cli",
-        "mov eax, ecx",
+        "mov ecx, eax",
         "and al, {not_pge}",
         "mov cr4, eax",
         "mov cr4, ecx",
