@@ -4,7 +4,7 @@ use super::answers::{ASK_BUDGET, INIT_BUDGET};
 use super::interface::Function;
 use super::machine::{Code, Stop};
 use super::reach::reach;
-use super::rom::Rom;
+use super::rom::{Rom, UD2};
 use super::survey::Survey;
 use super::trial::{self, Placement};
 use crate::table::{Align, Cell, DIM, HEAD, PLAIN, Table};
@@ -353,6 +353,19 @@ fn paint_rest(paint: &mut Paint, image: &[u8]) {
             paint.give(start..start + run, Kind::Padding, &format!("{byte:02X}h"));
         }
         start += run.max(1);
+    }
+    let mut start = 0;
+    while start < image.len() {
+        let pairs = image.get(start..).unwrap_or_default().chunks_exact(UD2.len());
+        let run = UD2.len() * pairs.take_while(|pair| **pair == UD2).count();
+        // The checksum at the end may have taken the place of a second half.
+        let half = run > 0 && start + run + UD2.len() == image.len();
+        let run = run + usize::from(half && image.get(start + run) == UD2.first());
+        let free = (start..start + run).take_while(|place| paint.is_free(*place)).count();
+        if free >= PADDING {
+            paint.give(start..start + free, Kind::Padding, "UD2");
+        }
+        start += free.max(1);
     }
     // A byte or two that align the next thing.
     for place in 0..image.len() {

@@ -45,6 +45,9 @@ impl fmt::Display for ReadError {
 
 impl std::error::Error for ReadError {}
 
+/// The instruction that is none: filler that traps whoever gets there.
+pub(super) const UD2: [u8; 2] = [0x0f, 0x0b];
+
 /// A file that holds a ROM.
 #[derive(Clone, Debug)]
 pub struct Rom {
@@ -149,12 +152,45 @@ impl Rom {
     }
 
     /// Bytes without the padding at the end. The checksum byte stands behind the padding.
+    ///
+    /// Padding is one byte over and over, or UD2, of which the checksum may take the last half.
     #[must_use]
     pub fn used(&self) -> usize {
         let Some((_, body)) = self.image().split_last() else { return 0 };
+        let whole = body.strip_suffix(&UD2[..1]).unwrap_or(body);
+        if whole.ends_with(&UD2) {
+            return whole
+                .rchunks(2)
+                .position(|pair| pair != UD2)
+                .map_or(whole.len() % 2, |pairs| whole.len() - 2 * pairs);
+        }
         let Some(filler) = body.last().filter(|byte| matches!(byte, 0 | 0xff | 0xcc)) else {
             return self.image().len();
         };
         body.iter().rposition(|byte| byte != filler).map_or(0, |last| last + 1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn used(tail: &[u8]) -> usize {
+        let mut file = vec![0; LENGTH_UNIT];
+        file[..2].copy_from_slice(&ROM_SIGNATURE.to_le_bytes());
+        file[2] = 1;
+        let start = file.len() - tail.len();
+        file[start - 1] = 7;
+        file[start..].copy_from_slice(tail);
+        Rom::parse(&file).expect("a ROM").used()
+    }
+
+    #[test]
+    fn padding_ends_where_something_else_begins() {
+        assert_eq!(used(&[0xcc, 0xcc, 0xcc, 9]), LENGTH_UNIT - 4);
+        assert_eq!(used(&[0x0f, 0x0b, 0x0f, 0x0b, 9]), LENGTH_UNIT - 5);
+        assert_eq!(used(&[0x0f, 0x0b, 0x0f, 0x0b, 0x0f, 9]), LENGTH_UNIT - 6);
+        assert_eq!(used(&[0x0b, 0x0f, 0x0b, 9]), LENGTH_UNIT - 3);
+        assert_eq!(used(&[0x12, 9]), LENGTH_UNIT);
     }
 }
