@@ -325,7 +325,7 @@ pub(crate) fn run(space: Space, rom: Rom, problems: &mut Problems) -> Result<u32
         let kind = kind_of(call);
         let site = write_site(rom, call, round);
         begin(site, kind, VISITS);
-        if round % 8 == 0 {
+        if round.is_multiple_of(8) {
             apic.interrupt_others();
         }
         visit(expected);
@@ -374,7 +374,7 @@ fn kind_of(call: CallNumber) -> u32 {
 fn write_site(rom: Rom, call: CallNumber, round: u32) -> Site {
     let (answer, _) = rom.ask(call, 0);
     let place = Place(round / CALLS.len() as u32 % 64);
-    let site = if round / 256 % 2 == 0 {
+    let site = if (round / 256).is_multiple_of(2) {
         Site::call(place, answer.eip.get())
     } else {
         Site::pointer(place, answer.eip.get(), false)

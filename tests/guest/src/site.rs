@@ -4,6 +4,7 @@
 
 use crate::paging::{PAGE, SITE_FRAMES, Space, WRITE};
 use crate::{harness, processor};
+use core::sync::atomic::{AtomicBool, Ordering};
 use vmi_abi::{Call, CallNumber, Ending};
 use vmi_native_backend::binding::SiteRule;
 use x86::controlregs::Cr0;
@@ -271,8 +272,12 @@ const IRET: CallNumber = vmi_abi::number::IRET;
 /// Bytes of the instruction with which the guest's own IRET drops the return address.
 const DROPPING: u32 = 4;
 
+/// Whether the pages of call sites are read-only.
+static PROTECTED: AtomicBool = AtomicBool::new(false);
+
 /// Makes the pages of call sites read-only, or writable again.
 pub(crate) fn protect(space: Space, read_only: bool) {
+    PROTECTED.store(read_only, Ordering::Relaxed);
     for page in 0..2 {
         let linear = frames() + page * PAGE;
         let entry = space.entry(linear);
@@ -339,14 +344,22 @@ fn pointer_of(site: &Site) -> u32 {
     u32::from_le_bytes([a, b, c, d])
 }
 
-/// Writes into the pages of call sites, also while they are read-only.
+/// Writes into the pages of call sites.
+///
+/// Write protection is lifted only where it matters: a processor may drop its translations with
+/// CR0.WP, and a call that has to drop them would have nothing left to do.
 fn write(address: u32, bytes: &[u8]) {
     let cr0 = processor::cr0();
-    processor::set_cr0(cr0 & !WRITE_PROTECT);
+    let protected = PROTECTED.load(Ordering::Relaxed);
+    if protected {
+        processor::set_cr0(cr0 & !WRITE_PROTECT);
+    }
     for (index, byte) in bytes.iter().enumerate() {
         let place = (address as *mut u8).wrapping_add(index);
         // SAFETY: inside the pages of call sites, which nobody executes now.
         unsafe { place.write_volatile(*byte) };
     }
-    processor::set_cr0(cr0);
+    if protected {
+        processor::set_cr0(cr0);
+    }
 }
