@@ -90,10 +90,12 @@ pub const fn answer(call: &Call, bind: Bind) -> (RelocationType, Reason) {
 pub enum SiteRule {
     /// Never: the processor has no instruction that stores eight bytes at once.
     Never = 0,
+    /// If one byte is enough: several processors, and an emulator may read code in pieces.
+    OneByte = 1,
     /// If all bytes that change lie in one aligned word of eight: what no processor sees torn.
-    InAWord = 1,
+    InAWord = 2,
     /// Wherever it lies: there is one processor.
-    Anywhere = 2,
+    Anywhere = 3,
 }
 
 /// Bytes between the entry of a short call that rewrites its site and the same call without that.

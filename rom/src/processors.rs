@@ -4,7 +4,8 @@
 //! Where a site lies in two aligned words, only a machine with one processor lets nobody see it half
 //! changed. The MultiProcessor Specification's table lists the processors, of each package the first
 //! (SeaBIOS) or all, and CPUID tells whether a package may hold more. Firmware without the table
-//! leaves the question open, and then only sites within one word are rewritten.
+//! leaves the question open, and then only sites within one word are rewritten. An emulator may even
+//! read a word in pieces (QEMU does, with several host threads): there, only one byte is changed.
 
 #![expect(unsafe_code, reason = "UNSAFETY: `global_asm!` with symbols")]
 
@@ -21,6 +22,9 @@ macro_rules! look_at_the_machine {
 
 /// CPUID leaf 1, EDX: CMPXCHG8B.
 const HAS_CMPXCHG8B: u16 = 1 << 8;
+
+/// CPUID leaf 1, ECX: a hypervisor's processor, which may be an emulator's.
+const HYPERVISOR: u32 = 1 << 31;
 
 /// CPUID leaf 1, EDX: the third byte of EBX says how many processors a package may hold.
 const HAS_PACKAGE_COUNT: u32 = 1 << 28;
@@ -75,7 +79,11 @@ global_asm!(
     "movb ${never}, %bl",
     "testw ${has_cmpxchg8b}, %dx",
     "jz 9f",
+    "movb ${one_byte}, %bl",
+    "testl ${hypervisor}, %ecx",
+    "jnz 1f",
     "movb ${in_a_word}, %bl",
+    "1:",
     "testl ${has_package_count}, %edx",
     "jz 1f",
     "cmpb $1, %bh",
@@ -137,7 +145,9 @@ global_asm!(
     ".code32",
     ".popsection",
     never = const SiteRule::Never as u8,
+    one_byte = const SiteRule::OneByte as u8,
     in_a_word = const SiteRule::InAWord as u8,
+    hypervisor = const HYPERVISOR,
     anywhere = const SiteRule::Anywhere as u8,
     identification = const EFlags::FLAGS_ID.bits(),
     has_cmpxchg8b = const HAS_CMPXCHG8B,

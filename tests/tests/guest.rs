@@ -114,6 +114,14 @@ fn without_the_instruction_that_rewrites() -> Result<()> {
     passes(|built| &built.native, Attachment::OptionRom, &machine)
 }
 
+/// Several processors that are no hypervisor's, as on bare hardware: sites within a word.
+#[test]
+fn several_processors_of_hardware() -> Result<()> {
+    let cpu = "max,-hypervisor".into();
+    let machine = Machine { processors: 4, cpu, ..Machine::default() };
+    passes(|built| &built.native, Attachment::OptionRom, &machine)
+}
+
 /// All processors run one site while it is rewritten; the other tests would pass without that.
 #[test]
 fn four_processors_at_one_site() -> Result<()> {
@@ -146,7 +154,7 @@ fn a_rom_costs_nothing_on_bare_hardware() -> Result<()> {
 fn the_inspector_and_the_guest_get_the_same_answers() -> Result<()> {
     let built = artifacts::ensure()?;
     let specimen = Specimen::read(&built.native, &built.native_elf)?;
-    for (processors, rule) in [(1, SiteRule::Anywhere), (2, SiteRule::InAWord)] {
+    for (processors, rule) in [(1, SiteRule::Anywhere), (2, SiteRule::OneByte)] {
         let machine = Machine { processors, ..Machine::default() };
         let guest = boot(|built| &built.native, &machine)?.calls;
         let inspected = answers(&Rom::parse(&specimen.with_rule(rule)?)?, HIGH_BASE);

@@ -24,21 +24,22 @@ struct Image {
     bytes: Vec<u8>,
 }
 
-/// Every image; the one that rewrites call sites as a file, and as POST leaves it on a machine with
-/// one processor.
+/// Every image; the one that rewrites call sites as a file, and as POST leaves it on other machines
+/// than the file is for.
 fn images() -> Result<Vec<Image>> {
     let built = artifacts::ensure()?;
     let read = |bind, path| -> Result<Image> {
         Ok(Image { bind, rule: SiteRule::InAWord, bytes: std::fs::read(path)? })
     };
-    let one_processor = Image {
-        bind: Bind::Rewrite,
-        rule: SiteRule::Anywhere,
-        bytes: native_specimen()?.with_rule(SiteRule::Anywhere)?,
+    let after_post = |rule| -> Result<Image> {
+        let bytes = native_specimen()?.with_rule(rule)?;
+        Ok(Image { bind: Bind::Rewrite, rule, bytes })
     };
     Ok(vec![
         read(Bind::Rewrite, &built.native)?,
-        one_processor,
+        after_post(SiteRule::Never)?,
+        after_post(SiteRule::OneByte)?,
+        after_post(SiteRule::Anywhere)?,
         read(Bind::Fastest, &built.fastest)?,
         read(Bind::Call, &built.call)?,
     ])

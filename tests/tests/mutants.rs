@@ -583,7 +583,7 @@ const BROKEN_REWRITING: [BrokenRewriting; 7] = [
     },
     BrokenRewriting {
         fault: "writes across two words before other processors' eyes",
-        old: &[0x83, 0xfa, 0x02], // cmp edx, 2
+        old: &[0x83, 0xfa, 0x03], // cmp edx, 3
         new: &[0x39, 0xd2, 0x90],
         processors: 4,
         complaint: "the site became",
@@ -605,7 +605,13 @@ fn the_guest_names_broken_rewriting() -> Result<()> {
     for BrokenRewriting { fault, old, new, processors, complaint } in BROKEN_REWRITING {
         let rom = folder.path().join(format!("{}.rom", fault.replace(' ', "-")));
         std::fs::write(&rom, native.with_instructions(old, new).context(fault)?)?;
-        let machine = Machine { processors, limit: Duration::from_secs(60), ..Machine::default() };
+        let machine = Machine {
+            processors,
+            // As on bare hardware: where the processor is a hypervisor's, only one byte changes.
+            cpu: "max,-hypervisor".into(),
+            limit: Duration::from_secs(60),
+            ..Machine::default()
+        };
         let way = Attachment::OptionRom;
         let result =
             conformance::check(&built.emulator, &built.guest, &rom, way, &machine, |_| ())?;

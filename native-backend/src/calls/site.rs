@@ -132,7 +132,11 @@ routines! {
         "cmp bl, ss:[edi + {record} + {least}]",
         "jne 5f",
         "mov eax, ebx",
-        "5: mov ecx, esi",
+        "5: cmp edx, {one_byte}",
+        "jne 50f",
+        "cmp eax, 1",
+        "jne 52f",
+        "50: mov ecx, esi",
         "and ecx, {word} - 1",
         "push ecx",
         "add ecx, eax",
@@ -153,9 +157,9 @@ routines! {
         "pop ecx",
         "jbe 6f",
 
-        // No room in one word. A site that calls directly can still call the plain entry: one byte
+        // No room in one word, or more than a byte to change. A site that calls directly can still call the plain entry: one byte
         // says so, unless the distance needs a carry.
-        "cmp byte ptr [ebp - 4], {direct_opcode}",
+        "52: cmp byte ptr [ebp - 4], {direct_opcode}",
         "jne 9f",
         "lea ecx, [esi + 1]",
         "mov edx, ecx",
@@ -260,6 +264,7 @@ routines! {
         operand_size = const OPERAND_SIZE,
         nop = const NOP,
         not_write_protect = const !WRITE_PROTECT,
+        one_byte = const SiteRule::OneByte as u8,
         in_a_word = const SiteRule::InAWord as u8,
         anywhere = const SiteRule::Anywhere as u8,
     }

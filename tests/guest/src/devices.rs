@@ -99,9 +99,11 @@ pub(crate) fn discard_interrupts() {
 
 /// What a ROM may do to call sites on this machine, as the guest sees it.
 pub(crate) fn site_rule() -> SiteRule {
+    const HYPERVISOR: u32 = 1 << 31;
     match processors() {
         _ if !has_cmpxchg8b() => SiteRule::Never,
         Some(1) => SiteRule::Anywhere,
+        _ if cpuid(1, 0)[2] & HYPERVISOR != 0 => SiteRule::OneByte,
         _ => SiteRule::InAWord,
     }
 }

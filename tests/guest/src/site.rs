@@ -236,7 +236,7 @@ impl Rewriting {
         let (least, most) = if self.returns { (code + 2, length) } else { (code, code) };
         // Bytes before a return address in the first bytes of a page may be nobody's.
         let crosses = site.address / PAGE != (site.address + length - 1) / PAGE;
-        let room = site.in_a_word();
+        let room = if self.rule == SiteRule::OneByte { 1 } else { site.in_a_word() };
         if self.rule == SiteRule::Never || crosses || !site.proves || site.original[0] == JUMP {
             return Wanted { bytes, is_native: false };
         }
