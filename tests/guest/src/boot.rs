@@ -25,9 +25,11 @@ global_asm!(
     ".balign 4",
     ".long {magic}, 0, -{magic}",
 
-    // In: paging off, flat segments, interrupts off. Every address is physical until paging is on.
+    // In: paging off, flat segments, interrupts off, EAX and EBX from the loader. Every address is
+    // physical until paging is on.
     ".globl boot",
     "boot:",
+    "mov esi, eax",
     "mov edi, offset boot_directory - {page_offset}",
     "mov eax, {large_page}",
     "mov ecx, 4",
@@ -49,6 +51,9 @@ global_asm!(
     "boot_high:",
     "mov esp, offset boot_stack + {stack_size}",
     "xor ebp, ebp",
+    "push ebx",
+    "push esi",
+    "call {command_line}",
     "call {start}",
     "ud2",
     ".popsection",
@@ -65,6 +70,7 @@ global_asm!(
     pse = const Cr4::CR4_ENABLE_PSE.bits(),
     paging = const (Cr0::CR0_ENABLE_PAGING.bits() | Cr0::CR0_WRITE_PROTECT.bits()),
     stack_size = const STACK_SIZE,
+    command_line = sym crate::command_line::initialize,
     start = sym crate::suite::main,
 );
 

@@ -5,6 +5,7 @@
 //! TAP; the verdict ends QEMU through its debug-exit device.
 //!
 //! - `boot`: from the boot loader's 32-bit start to [`main`] at C0100000h,
+//! - `command_line`: the words that the boot loader passes on,
 //! - `processor`, `devices`, `console`: one wrapper for each privileged instruction; the machine,
 //! - `segments`, `traps`, `paging`: the tables of an ordinary kernel,
 //! - `harness`: enters a call with every register, flag and segment known, and looks at what is left,
@@ -21,6 +22,8 @@
 mod boot;
 #[cfg(target_os = "none")]
 mod checks;
+#[cfg(target_os = "none")]
+mod command_line;
 #[cfg(target_os = "none")]
 mod console;
 #[cfg(target_os = "none")]

@@ -14,7 +14,7 @@ use crate::rom::Rom;
 use crate::session::Session;
 use crate::site::{self, Place, Rewriting};
 use crate::traps;
-use crate::{checks, console, costs, crowd, devices, segments};
+use crate::{checks, command_line, console, costs, crowd, devices, segments};
 use vmi_abi::flags::RebootKind;
 use vmi_abi::header::checksum;
 use vmi_abi::probe::license;
@@ -147,6 +147,13 @@ fn first_start() -> ! {
         costs::count(space, rom);
     }
     test_crowd(&mut report, space, rom);
+    if command_line::has("no-reboot") {
+        let mut session = open_reboot(rom);
+        session.judge_answer();
+        session.skipped = Some("the command line says no-reboot");
+        conclude(&mut report, &session);
+        report.finish()
+    }
     test_reset(&report, rom, SOFT_RESET)
 }
 
@@ -269,20 +276,24 @@ fn conclude(report: &mut Report, session: &Session) {
     );
 }
 
+/// Binds Reboot, in the mode in which the suite ends.
+fn open_reboot(rom: Rom) -> Session {
+    let call = number::Reboot.call().expect("the declaration has it");
+    open(Space::current(MODES[usize::from(paging::has_pae())]), rom, call, number::Reboot)
+}
+
 /// Asks for a reset; the guest that starts again goes on in [`started_again`].
 fn test_reset(report: &Report, rom: Rom, phase: u32) -> ! {
     let mode = usize::from(paging::has_pae());
     let record = Record::new(phase, report, number::Reboot, mode, 0);
-    let call = number::Reboot.call().expect("the declaration has it");
-    let space = Space::current(MODES[mode]);
-    let mut session = open(space, rom, call, number::Reboot);
+    let mut session = open_reboot(rom);
     session.judge_answer();
     let kind = if phase == SOFT_RESET { RebootKind::SOFT } else { RebootKind::HARD };
     line!(
         "# begin mode={} alias=direct number={} name={}",
         MODES[mode].name(),
         number::Reboot.0,
-        call.name
+        session.call.name
     );
     if session.problems.is_empty() {
         console::drain();
