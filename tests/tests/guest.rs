@@ -6,22 +6,18 @@ use vmi_abi::CallNumber;
 use vmi_native_backend::binding::SiteRule;
 use vmi_tests::Specimen;
 use xtask::artifacts::{self, Artifacts};
-use xtask::conformance::{self, Conformance, mean_ratio};
+use xtask::conformance::{self, Client, Conformance, Subject, mean_ratio};
 use xtask::inspect::{HIGH_BASE, Rom, answers};
 use xtask::qemu::{Attachment, Machine, Model};
 
 /// Runs the guest on an option ROM.
 fn boot(rom: impl Fn(&Artifacts) -> &PathBuf, machine: &Machine) -> Result<Conformance> {
-    boot_by(rom, Attachment::OptionRom, machine)
+    try_out(&Subject::option_rom(rom(artifacts::ensure()?))?, machine)
 }
 
-fn boot_by(
-    rom: impl Fn(&Artifacts) -> &PathBuf,
-    way: fn(PathBuf) -> Attachment,
-    machine: &Machine,
-) -> Result<Conformance> {
+fn try_out(subject: &Subject, machine: &Machine) -> Result<Conformance> {
     let built = artifacts::ensure()?;
-    conformance::check(&built.emulator, &built.guest, rom(built), way, machine, |_| ())
+    conformance::check(&built.emulator, &built.guest, subject, machine, |_| ())
 }
 
 /// Runs the guest, and wants every check to hold.
@@ -30,10 +26,25 @@ fn passes(
     way: fn(PathBuf) -> Attachment,
     machine: &Machine,
 ) -> Result<()> {
-    let result = boot_by(rom, way, machine)?;
+    let rom = rom(artifacts::ensure()?);
+    let client = Client::of_rom(rom)?;
+    all_holds(&Subject { rom: Some(way(rom.clone())), client }, machine)
+}
+
+fn all_holds(subject: &Subject, machine: &Machine) -> Result<()> {
+    let result = try_out(subject, machine)?;
     assert_eq!(result.complaint(), None, "{}\n{}", result.run.command, result.run.serial);
-    // Both paging modes and all three places of the ROM, every call but Reboot in each.
-    assert_eq!(result.report.checks.len(), 2 * 3 * (73 + 1) + 4, "{}", result.run.command);
+    // Both paging modes and all places of the ROM, in each the entry points and every call but Reboot.
+    let places = match subject.client {
+        Client::Lookup | Client::PointerTable => ["direct", "alias", "copy"].as_slice(),
+        Client::CopiedSlots => &["direct", "alias", "copy", "patched"],
+    };
+    // What is linked in is mapped once.
+    let places = places.len() - usize::from(subject.rom.is_none());
+    // Two sums over the image, Reboot, and several processors at one site where sites are rewritten.
+    let others = 3 + usize::from(subject.client == Client::Lookup);
+    let calls = subject.client.revision().calls().count();
+    assert_eq!(result.report.checks.len(), 2 * places * calls + others, "{}", result.run.command);
     Ok(())
 }
 
@@ -66,22 +77,66 @@ machines! {
     microvm_qemu32: Microvm, "qemu32", OptionRom;
 }
 
+/// One test for each line: its name, the machine, the client, its ROM.
+macro_rules! older_revisions {
+    ($( $name:ident: $model:ident, $client:ident, $rom:ident; )*) => { $(
+        #[test]
+        fn $name() -> Result<()> {
+            let rom = artifacts::ensure()?.$rom.clone();
+            let client = Client::$client;
+            let subject = Subject { rom: Some(Attachment::OptionRom(rom)), client };
+            all_holds(&subject, &Machine { model: Model::$model, ..Machine::default() })
+        }
+    )* };
+}
+
+older_revisions! {
+    copied_slots_on_pc: Pc, CopiedSlots, slots_13_0;
+    copied_slots_on_q35: Q35, CopiedSlots, slots_13_0;
+    copied_slots_of_a_later_minor: Pc, CopiedSlots, slots_13_3;
+    pointer_table_on_pc: Pc, PointerTable, slots_13_3;
+    pointer_table_on_q35: Q35, PointerTable, slots_13_3;
+    pointer_table_on_isapc: Isapc, PointerTable, slots_13_3;
+}
+
+/// Slots in small and in old machines.
+#[test]
+fn slots_on_other_processors() -> Result<()> {
+    for cpu in ["qemu32", "qemu64", "max,-cx8"] {
+        let machine = Machine { cpu: cpu.into(), memory: 16, ..Machine::default() };
+        passes(|built| &built.slots_13_3, Attachment::OptionRom, &machine)?;
+    }
+    Ok(())
+}
+
+/// ROMs of all revisions in one machine: each client finds one of its own, and passes the others over.
+#[test]
+fn each_client_finds_its_own_rom() -> Result<()> {
+    let built = artifacts::ensure()?;
+    for (client, roms, wanted) in [
+        (Client::Lookup, [&built.slots_13_0, &built.slots_13_3, &built.native], "3.0"),
+        (Client::PointerTable, [&built.native, &built.slots_13_0, &built.slots_13_3], "13.3"),
+        // Any minor revision will do.
+        (Client::CopiedSlots, [&built.native, &built.slots_13_3, &built.slots_13_0], "13.3"),
+        (Client::CopiedSlots, [&built.native, &built.slots_13_0, &built.slots_13_3], "13.0"),
+    ] {
+        let mut roms = roms.map(|rom| Attachment::OptionRom(rom.clone())).into_iter();
+        let subject = Subject { rom: roms.next(), client };
+        let machine = Machine { roms: roms.collect(), ..Machine::default() };
+        let result = try_out(&subject, &machine)?;
+        assert_eq!(result.complaint(), None, "{}\n{}", result.run.command, result.run.serial);
+        let found = result.report.rom.map(|rom| rom.revision);
+        assert_eq!(found.as_deref(), Some(wanted), "{client:?}");
+    }
+    Ok(())
+}
+
 /// QEMU's own option ROM, and a VMI ROM of another revision, both before ours: the guest passes
 /// them over, as Linux does.
 #[test]
 fn beside_other_option_roms() -> Result<()> {
-    let built = artifacts::ensure()?;
-    let folder = tempfile::tempdir()?;
-    let older = folder.path().join("revision-13.rom");
-    let mut bytes = std::fs::read(&built.native)?;
-    bytes[std::mem::offset_of!(vmi_abi::RomHeader, api_version_maj)] = vmi_abi::REVISION_13_3.major;
-    let last = bytes.len() - 1;
-    bytes[last] =
-        bytes[last].wrapping_sub(vmi_abi::REVISION_13_3.major - vmi_abi::REVISION_3_0.major);
-    std::fs::write(&older, bytes)?;
-
     let machine = Machine {
-        roms: vec![Attachment::OptionRom(older)],
+        roms: vec![Attachment::OptionRom(artifacts::ensure()?.slots_13_3.clone())],
         extra: vec!["-device".into(), "e1000".into()],
         ..Machine::default()
     };

@@ -14,8 +14,8 @@ use std::time::Duration;
 use vmi_abi::{Answers, CALLS_3_0, CallNumber, RelocationType, number};
 use vmi_tests::Specimen;
 use xtask::artifacts;
-use xtask::conformance;
-use xtask::qemu::{Attachment, Machine};
+use xtask::conformance::{self, Subject};
+use xtask::qemu::Machine;
 
 type Code = fn(&mut CodeAssembler, u64) -> Result<(), IcedError>;
 
@@ -612,9 +612,8 @@ fn the_guest_names_broken_rewriting() -> Result<()> {
             limit: Duration::from_secs(60),
             ..Machine::default()
         };
-        let way = Attachment::OptionRom;
-        let result =
-            conformance::check(&built.emulator, &built.guest, &rom, way, &machine, |_| ())?;
+        let subject = Subject::option_rom(&rom)?;
+        let result = conformance::check(&built.emulator, &built.guest, &subject, &machine, |_| ())?;
         let said: Vec<String> =
             result.report.failures().map(|check| format!("{:?}", check.details)).collect();
         ensure!(
@@ -639,8 +638,8 @@ fn a_rom_that_answers_notifications_with_nop_passes() -> Result<()> {
     let rom = folder.path().join("nop.rom");
     std::fs::write(&rom, specimen.with_nop(notifications)?)?;
     let machine = Machine::default();
-    let way = Attachment::OptionRom;
-    let result = conformance::check(&built.emulator, &built.guest, &rom, way, &machine, |_| ())?;
+    let subject = Subject::option_rom(&rom)?;
+    let result = conformance::check(&built.emulator, &built.guest, &subject, &machine, |_| ())?;
     assert_eq!(result.complaint(), None, "{}", result.run.serial);
     Ok(())
 }
@@ -660,14 +659,8 @@ fn caught(
     let rom = folder.join(format!("{}-{}.rom", call.name, mutant.fault.replace(' ', "-")));
     std::fs::write(&rom, bytes)?;
     let machine = Machine { limit: Duration::from_secs(20), ..Machine::default() };
-    let result = conformance::check(
-        &built.emulator,
-        &built.guest,
-        &rom,
-        Attachment::OptionRom,
-        &machine,
-        |_| (),
-    )?;
+    let subject = Subject::option_rom(&rom)?;
+    let result = conformance::check(&built.emulator, &built.guest, &subject, &machine, |_| ())?;
     let complaint = result.complaint().context("the guest passes it")?;
 
     // A call that takes the guest down with it is named by the last line before its end.

@@ -6,7 +6,87 @@ use crate::toolchain::Emulator;
 use anyhow::{Context, Result};
 use serde::Serialize;
 use std::path::Path;
-use vmi_abi::{CALLS_3_0, RelocationType};
+use vmi_abi::header::RomHeader;
+use vmi_abi::{REVISION_3_0, REVISION_13_0, REVISION_13_3, RelocationType, Revision};
+use zerocopy::FromBytes;
+
+/// A kind of guest: it reaches its calls as the kernels of a revision do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Serialize)]
+pub enum Client {
+    /// Asks for each call, as Linux 2.6.21 to 2.6.36 does.
+    #[value(name = "3.0")]
+    #[serde(rename = "3.0")]
+    Lookup,
+    /// Copies the slots and changes the copy, as the Linux patches of March 2006 did.
+    #[value(name = "13.0")]
+    #[serde(rename = "13.0")]
+    CopiedSlots,
+    /// Makes a table of pointers to the slots, as Sanos does.
+    #[value(name = "13.3")]
+    #[serde(rename = "13.3")]
+    PointerTable,
+}
+
+impl Client {
+    /// The client for a ROM, by the revision in its header. What is no ROM is left to Linux to refuse.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be read.
+    pub fn of_rom(rom: &Path) -> Result<Self> {
+        let bytes = crate::build::read(rom)?;
+        let header = RomHeader::ref_from_prefix(&bytes).ok().map(|(header, _)| header);
+        let found = header.map(|header| (header.api_version_maj, header.api_version_min));
+        Ok(match found {
+            Some((major, minor)) if major == REVISION_13_3.major => {
+                if minor >= REVISION_13_3.minor { Self::PointerTable } else { Self::CopiedSlots }
+            }
+            _ => Self::Lookup,
+        })
+    }
+
+    /// The revision that it asks for.
+    #[must_use]
+    pub const fn revision(self) -> Revision {
+        match self {
+            Self::Lookup => REVISION_3_0,
+            Self::CopiedSlots => REVISION_13_0,
+            Self::PointerTable => REVISION_13_3,
+        }
+    }
+}
+
+/// What the test guest is to try.
+#[derive(Clone, Debug)]
+pub struct Subject {
+    /// The ROM that is added to the machine; without one the guest takes what is linked into it.
+    pub rom: Option<Attachment>,
+    /// As which kind of guest.
+    pub client: Client,
+}
+
+impl Subject {
+    /// An option ROM, for its own client.
+    ///
+    /// # Errors
+    ///
+    /// See [`Client::of_rom`].
+    pub fn option_rom(rom: &Path) -> Result<Self> {
+        Ok(Self { rom: Some(Attachment::OptionRom(rom.to_owned())), client: Client::of_rom(rom)? })
+    }
+
+    /// What it is called.
+    #[must_use]
+    pub fn name(&self) -> String {
+        match &self.rom {
+            Some(rom) => {
+                let path = rom.path();
+                path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
+            }
+            None => "linked into the guest".to_owned(),
+        }
+    }
+}
 
 /// What came of a ROM under the test guest.
 #[derive(Clone, Debug)]
@@ -15,7 +95,7 @@ pub struct Conformance {
     pub run: Run,
     /// What the guest said.
     pub report: Report,
-    /// One summary for each call of revision 3.0, in the order of their numbers.
+    /// One summary for each call of the client's revision, in the order of their numbers.
     pub calls: Vec<CallSummary>,
     /// What the operations of a kernel cost; nothing on a machine whose time is not steady.
     pub costs: Vec<Cost>,
@@ -74,7 +154,7 @@ impl CallSummary {
     }
 }
 
-/// Runs the test guest on a ROM.
+/// Runs the test guest.
 ///
 /// # Errors
 ///
@@ -82,25 +162,30 @@ impl CallSummary {
 pub fn check(
     emulator: &Emulator,
     guest: &Path,
-    rom: &Path,
-    way: impl Fn(std::path::PathBuf) -> Attachment,
+    subject: &Subject,
     machine: &Machine,
     progress: impl Fn(&str),
 ) -> Result<Conformance> {
-    let bytes = crate::build::read(rom)?;
-    // A ROM of somebody else's may come up in silence.
-    let has_banner = bytes.windows(BANNER.len()).any(|window| window == BANNER.as_bytes());
     let mut machine = machine.clone();
     machine.kernel = Some(guest.to_owned());
+    let Revision { major, minor } = subject.client.revision();
+    let words = format!("client={major}.{minor}");
+    machine.append = Some(machine.append.into_iter().chain([words]).collect::<Vec<_>>().join(" "));
     // The guest tests Reboot: it has itself reset, finds its record in memory and goes on.
     machine.no_reboot = false;
-    machine.roms.insert(0, way(rom.to_owned()));
-    machine.banner = machine.banner.filter(|_| has_banner);
+    machine.banner = machine.banner.filter(|_| subject.rom.is_some());
+    if let Some(rom) = &subject.rom {
+        let bytes = crate::build::read(rom.path())?;
+        // A ROM of somebody else's may come up in silence.
+        let has_banner = bytes.windows(BANNER.len()).any(|window| window == BANNER.as_bytes());
+        machine.roms.insert(0, rom.clone());
+        machine.banner = machine.banner.filter(|_| has_banner);
+    }
     let run = machine
         .follow(emulator, progress)
-        .with_context(|| format!("{} was not run", rom.display()))?;
+        .with_context(|| format!("{} was not run", subject.name()))?;
     let report = Report::parse(&run.serial);
-    let calls = summaries(&report);
+    let calls = summaries(&report, subject.client.revision());
     let costs = if machine.steady_time { costs(&report) } else { Vec::new() };
     Ok(Conformance { run, report, calls, costs })
 }
@@ -146,11 +231,10 @@ fn costs(report: &Report) -> Vec<Cost> {
 }
 
 /// One summary for each call.
-fn summaries(report: &Report) -> Vec<CallSummary> {
-    CALLS_3_0
-        .iter()
-        .zip(0..)
-        .map(|(call, number)| {
+fn summaries(report: &Report, revision: Revision) -> Vec<CallSummary> {
+    revision
+        .calls()
+        .map(|(number, call)| {
             let mut summary = CallSummary { number, name: call.name, ..CallSummary::default() };
             let mut answers: Vec<&str> = Vec::new();
             for line in report.calls.iter().filter(|line| line.number == number) {
@@ -172,11 +256,12 @@ fn summaries(report: &Report) -> Vec<CallSummary> {
 mod tests {
     use super::*;
     use std::time::Duration;
+    use vmi_abi::CALLS_3_0;
 
     /// A log of the test guest's shape: every call in two modes, `line` may change the lines of each.
     pub(crate) fn log(line: impl Fn(u32, &str, String) -> String) -> String {
         let mut log = String::from(
-            "SeaBIOS (version 1.16)\r\nTAP version 14\n# rom base=0xca000 length=1536 license=\"GPL v2\"\n",
+            "SeaBIOS (version 1.16)\r\nTAP version 14\n# rom base=0xca000 length=1536 revision=3.0 license=\"GPL v2\"\n",
         );
         let mut checks = 0;
         for mode in ["non-PAE", "PAE"] {
@@ -197,7 +282,7 @@ mod tests {
 
     fn conformance(log: &str) -> Conformance {
         let report = Report::parse(log);
-        let calls = summaries(&report);
+        let calls = summaries(&report, REVISION_3_0);
         let run = Run {
             outcome: Outcome::Passed,
             serial: log.into(),

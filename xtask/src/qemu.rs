@@ -69,6 +69,16 @@ pub enum Attachment {
     PciRomBar(PathBuf),
 }
 
+impl Attachment {
+    /// The image's file.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::OptionRom(path) | Self::PciRomBar(path) => path,
+        }
+    }
+}
+
 /// A machine to run.
 #[derive(Clone, Debug)]
 pub struct Machine {

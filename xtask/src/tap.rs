@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! TAP version 14
-//! # rom base=0xca000 length=1536 license="GPL v2"
+//! # rom base=0xca000 length=1536 revision=3.0 license="GPL v2"
 //! ok 1 - description
 //! not ok 2 - description
 //!   ---
@@ -53,6 +53,8 @@ pub struct RomLine {
     pub base: u64,
     /// Its length in bytes.
     pub length: u64,
+    /// The revision that it serves.
+    pub revision: String,
     /// Its licence.
     pub license: String,
 }
@@ -299,6 +301,7 @@ impl Reader {
             Some(RomLine {
                 base: integer(fields.get("base")?)?,
                 length: integer(fields.get("length")?)?,
+                revision: fields.get("revision")?.clone(),
                 license: fields.get("license")?.clone(),
             })
         };
@@ -390,7 +393,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const GOOD: &str = "SeaBIOS\nTAP version 14\n# rom base=0xca000 length=1536 license=\"GPL v2\"\nok 1 - finds a ROM\n\
+    const GOOD: &str = "SeaBIOS\nTAP version 14\n# rom base=0xca000 length=1536 revision=3.0 license=\"GPL v2\"\nok 1 - finds a ROM\n\
         # call mode=non-PAE alias=direct number=29 name=EnableInterrupts answer=CALL_REL verdict=ok stack=4 instructions=2 checks=118\n\
         ok 2 - EnableInterrupts\n1..2\n# vmi-guest: all 2 checks hold\n";
 
@@ -400,7 +403,12 @@ mod tests {
         assert_eq!(report.complaint(), None, "{report:?}");
         assert_eq!(
             report.rom,
-            Some(RomLine { base: 0xca000, length: 1536, license: "GPL v2".into() })
+            Some(RomLine {
+                base: 0xca000,
+                length: 1536,
+                revision: "3.0".into(),
+                license: "GPL v2".into()
+            })
         );
         let [call] = &report.calls[..] else { panic!("one call") };
         assert_eq!(

@@ -11,11 +11,13 @@ mod memory;
 mod port;
 mod power;
 mod processor;
+mod slots;
 mod timer;
 mod transfer;
 
 pub(crate) use power::reboot;
 
+use crate::client::Client;
 use crate::harness::{self, Context, Entry, FLAT, Outcome, Registers, Trap};
 use crate::paging::USER_CODE_FRAME;
 use crate::report::Problems;
@@ -23,6 +25,7 @@ use crate::rom::{KEPT, Rom};
 use crate::session::{self, FIXED_FLAG, Session};
 use crate::site;
 use core::arch::naked_asm;
+use vmi_abi::header::SLOT_COUNT;
 use vmi_abi::{
     CALLS_3_0, CallNumber, Group, KEEP_SITE, RelocationInfo, RelocationType, for_each_call,
 };
@@ -31,12 +34,13 @@ use vmi_native_backend::calls as native;
 macro_rules! dispatch {
     (
         revision_3_0 { $( #[doc = $summary:literal] $name:ident = $number:literal => $contract:expr )* }
-        only_13 { $($old:tt)* }
+        only_13 { $( #[doc = $old_summary:literal] $old_name:ident => $old_contract:expr )* }
     ) => {
         /// Runs the checks of a call.
-        pub(crate) fn check(session: &mut Session, number: CallNumber) {
-            match number.0 {
-                $( $number => checks_by_name::$name(session), )*
+        pub(crate) fn check(session: &mut Session) {
+            match session.call.name {
+                $( stringify!($name) => checks_by_name::$name(session), )*
+                $( stringify!($old_name) => checks_by_name::$old_name(session), )*
                 _ => {}
             }
         }
@@ -63,6 +67,7 @@ mod checks_by_name {
     pub(super) use super::port::*;
     pub(super) use super::power::*;
     pub(super) use super::processor::*;
+    pub(super) use super::slots::*;
     pub(super) use super::timer::*;
     pub(super) use super::transfer::*;
 }
@@ -79,34 +84,40 @@ pub(crate) unsafe extern "C" fn do_nothing() {
     naked_asm!("ret")
 }
 
-/// Checks `vmi_init` and `get_reloc` of a ROM at one of its places.
+/// Checks `vmi_init` and `get_reloc` of a ROM at one of its places, or what slots have instead.
 pub(crate) fn entry_points(rom: &Rom, problems: &mut Problems) {
     let initialized = rom.initialize();
     returned_cleanly("vmi_init", &initialized, problems);
     if initialized.after.registers.eax != 0 {
         problems.add(format_args!("vmi_init failed: EAX = {:#x}", initialized.after.registers.eax));
     }
-    let count = CALLS_3_0.len() as u32;
-    let beyond = [count, count + 1, 127, 128, 0x4000_0000, KEEP_SITE + count, u32::MAX];
+    if rom.client == Client::CopiedSlots {
+        return; // Nothing is asked.
+    }
+    let count = if rom.client == Client::Lookup { CALLS_3_0.len() } else { SLOT_COUNT } as u32;
+    let beyond = [count, count + 1, 255, 256, 0x4000_0000, KEEP_SITE + count, u32::MAX];
     // A ROM may know KEEP_SITE or not; what it answers, it answers alike.
     let kept = (0..count).map(|number| number | KEEP_SITE);
     let numbers = (0..count).chain(beyond).chain(kept);
     for number in numbers.clone() {
-        let answer = one_answer(rom, CallNumber(number), problems);
-        let (again, _) = rom.ask(CallNumber(number), session::INTERRUPT_FLAG);
+        let answer = one_answer(rom, number, problems);
+        let (again, _) = rom.ask(number, session::INTERRUPT_FLAG);
         if answer != again {
             problems.add(format_args!("get_reloc({number}) answers {again:x?} after {answer:x?}"));
         }
     }
     // The other way round: no answer may depend on the one before.
     for number in numbers.rev() {
-        one_answer(rom, CallNumber(number), problems);
+        one_answer(rom, number, problems);
+    }
+    if rom.client != Client::Lookup {
+        return; // No call is left out, so no group is either.
     }
     for group in [Group::Timer, Group::Apic] {
         let mut kinds = CALLS_3_0
             .iter()
             .filter(|call| call.contract.group == Some(group))
-            .filter_map(|call| Some(rom.ask(call.number?, 0).0.kind == RelocationType::NONE));
+            .filter_map(|call| Some(rom.answer(call.number?.0).kind == RelocationType::NONE));
         let first = kinds.next();
         if kinds.any(|is_none| Some(is_none) != first) {
             problems.add(format_args!("{group:?} calls must be answered all or none"));
@@ -115,10 +126,11 @@ pub(crate) fn entry_points(rom: &Rom, problems: &mut Problems) {
 }
 
 /// Asks once, and holds the answer against that at the place where the ROM was found.
-fn one_answer(rom: &Rom, number: CallNumber, problems: &mut Problems) -> RelocationInfo {
+fn one_answer(rom: &Rom, number: u32, problems: &mut Problems) -> RelocationInfo {
     let (answer, outcome) = rom.ask(number, 0);
-    returned_cleanly("get_reloc", &outcome, problems);
-    let CallNumber(number) = number;
+    if let Some(outcome) = outcome {
+        returned_cleanly("get_reloc", &outcome, problems);
+    }
     let offset = answer.eip.get().wrapping_sub(rom.base);
     if answer.kind.name().is_none() {
         problems.add(format_args!("get_reloc({number}): type {} does not exist", answer.kind.0));
@@ -129,7 +141,8 @@ fn one_answer(rom: &Rom, number: CallNumber, problems: &mut Problems) -> Relocat
             answer.eip.get()
         ));
     }
-    if (number & !KEEP_SITE) as usize >= CALLS_3_0.len() && answer.kind != RelocationType::NONE {
+    let is_call = rom.client.revision().call(number & !KEEP_SITE).is_some();
+    if !is_call && answer.kind != RelocationType::NONE {
         problems.add(format_args!("get_reloc({number}) is no call, but is answered"));
     }
     answer

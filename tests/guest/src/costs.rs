@@ -171,7 +171,7 @@ fn short_code(call: &Call) -> Option<&'static [u8]> {
 /// The site that the ROM's answer leads to.
 fn bound(rom: Rom, call: &Call) -> Target {
     let number = call.number.unwrap_or(number::SetCallbacks);
-    let (answer, _) = rom.ask(number, 0);
+    let answer = rom.answer(number.0);
     let eip = answer.eip.get();
     match answer.kind {
         RelocationType::CALL_REL if call.contract.site == Site::Patched => Target::Call(eip),

@@ -9,6 +9,7 @@
 //! - `processor`, `devices`, `console`: one wrapper for each privileged instruction; the machine,
 //! - `segments`, `traps`, `paging`: the tables of an ordinary kernel,
 //! - `harness`: enters a call with every register, flag and segment known, and looks at what is left,
+//! - `client`: the kernels that exist, and how each reaches a ROM's calls,
 //! - `rom`: probing, `vmi_init`, `get_reloc`,
 //! - `site`: call sites, and what a ROM may make of them,
 //! - `session`, `report`: which call is under test, what was found,
@@ -22,6 +23,8 @@
 mod boot;
 #[cfg(target_os = "none")]
 mod checks;
+#[cfg(target_os = "none")]
+mod client;
 #[cfg(target_os = "none")]
 mod command_line;
 #[cfg(target_os = "none")]

@@ -386,6 +386,11 @@ impl LocalApic {
         Some(Self { base: linear })
     }
 
+    /// The linear address of a register.
+    pub(crate) fn linear(self, offset: u32) -> u32 {
+        self.base + offset
+    }
+
     /// Reads a register.
     pub(crate) fn read(self, offset: u32) -> u32 {
         // SAFETY: the APIC's page is mapped; registers are read as aligned words.

@@ -1,4 +1,4 @@
-//! The ROM: found, initialised and asked as Linux does it.
+//! The ROM: found, initialised and asked as the kernels do that exist.
 
 #![expect(
     unsafe_code,
@@ -6,19 +6,51 @@
 )]
 
 use crate::boot::PAGE_OFFSET;
+use crate::client::Client;
 use crate::harness::{self, Context, Entry, FLAT, Outcome, Registers};
 use crate::paging::{self, ROM_AREA};
 use crate::{processor, site};
 use core::mem::offset_of;
 use core::ops::Range;
-use vmi_abi::header::{LENGTH_UNIT, RomHeader};
+use vmi_abi::calls::SLOTS_13;
+use vmi_abi::header::{LENGTH_UNIT, RomHeader, SLOT_SIZE, SLOT_TABLE_SIZE};
 use vmi_abi::probe::{Refusal, SCAN_AREA, SCAN_STEP, probe};
-use vmi_abi::{CallNumber, KEEP_SITE, REVISION_3_0, RelocationInfo};
+use vmi_abi::{CallNumber, KEEP_SITE, RelocationInfo, RelocationType, Revision, slot};
 use x86::controlregs::Cr0;
 
-/// A ROM at one of the linear addresses at which it is mapped.
+/// Where the image that is used lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// Where it was found.
+    Direct,
+    /// The same memory at another linear address.
+    Alias,
+    /// A copy in ordinary memory; of an image with slots, no more than those.
+    Copy,
+    /// A copy that the guest has changed: only the slot of the call that is tested is left.
+    Patched,
+}
+
+impl Place {
+    /// Each of them.
+    pub(crate) const ALL: [Self; 4] = [Self::Direct, Self::Alias, Self::Copy, Self::Patched];
+
+    /// Its name in the report.
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Direct => "direct",
+            Self::Alias => "alias",
+            Self::Copy => "copy",
+            Self::Patched => "patched",
+        }
+    }
+}
+
+/// A ROM at one of its places.
 #[derive(Clone, Copy)]
 pub(crate) struct Rom {
+    /// How the guest reaches its calls.
+    pub(crate) client: Client,
     /// Physical address of the image that was found.
     pub(crate) physical: u32,
     /// Linear address of the image that is used.
@@ -26,7 +58,7 @@ pub(crate) struct Rom {
     /// Bytes of the image.
     pub(crate) length: u32,
     /// Which of its places this is.
-    pub(crate) place: &'static str,
+    pub(crate) place: Place,
 }
 
 /// The bytes of the option-ROM area from a physical address to the area's end.
@@ -37,18 +69,14 @@ fn area(physical: u32) -> &'static [u8] {
 }
 
 impl Rom {
-    /// Looks for a ROM of revision 3.0, and says what was passed over.
-    pub(crate) fn find(mut passed_over: impl FnMut(u32, Refusal)) -> Option<Self> {
+    /// Looks for a ROM of the client's revision, and says what was passed over.
+    pub(crate) fn find(client: Client, mut passed_over: impl FnMut(u32, Refusal)) -> Option<Self> {
         for physical in SCAN_AREA.step_by(SCAN_STEP as usize) {
-            match probe(area(physical), REVISION_3_0) {
+            match probe(area(physical), client.revision()) {
                 Ok(header) => {
                     let length = u32::from(header.rom_length) * LENGTH_UNIT as u32;
-                    return Some(Self {
-                        physical,
-                        base: PAGE_OFFSET + physical,
-                        length,
-                        place: "direct",
-                    });
+                    let base = PAGE_OFFSET + physical;
+                    return Some(Self { client, physical, base, length, place: Place::Direct });
                 }
                 Err(Refusal::NoRomSignature) => {}
                 Err(refusal) => passed_over(physical, refusal),
@@ -59,27 +87,79 @@ impl Rom {
 
     /// The image's bytes where they were found.
     pub(crate) fn bytes(&self) -> &'static [u8] {
-        &area(self.physical)[..self.length as usize]
+        let start = (PAGE_OFFSET + self.physical) as *const u8;
+        // SAFETY: the image was found there, so it is mapped, and nobody writes to it.
+        unsafe { core::slice::from_raw_parts(start, self.length as usize) }
     }
 
-    /// The same ROM through the second alias.
-    pub(crate) fn through_alias(self) -> Self {
-        Self { base: paging::ALIAS + self.physical - ROM_AREA.start, place: "alias", ..self }
+    /// The revision in its header.
+    pub(crate) fn revision(&self) -> Revision {
+        let header = |offset: usize| self.bytes()[offset];
+        Revision {
+            major: header(offset_of!(RomHeader, api_version_maj)),
+            minor: header(offset_of!(RomHeader, api_version_min)),
+        }
     }
 
-    /// A copy of the ROM in ordinary memory.
-    pub(crate) fn copied(self) -> Self {
-        let copy = &raw mut paging::ROM_COPY;
-        assert!(self.length as usize <= paging::ROM_COPY_SIZE);
+    /// The same ROM at another of its places; `None` if it cannot be there.
+    ///
+    /// There is one copy at a time.
+    pub(crate) fn at(self, place: Place) -> Option<Self> {
+        let has_slots = self.client.revision().has_slots();
+        match place {
+            Place::Direct => Some(Self { base: PAGE_OFFSET + self.physical, place, ..self }),
+            Place::Alias => {
+                let offset = self.physical.checked_sub(ROM_AREA.start)?;
+                let base = paging::ALIAS + offset;
+                ROM_AREA.contains(&self.physical).then_some(Self { base, place, ..self })
+            }
+            // Who has a table of pointers into the image does not copy it.
+            Place::Patched if self.client != Client::CopiedSlots => None,
+            Place::Copy | Place::Patched => {
+                let length = self.length.min(if has_slots {
+                    SLOT_TABLE_SIZE as u32
+                } else {
+                    paging::ROM_COPY_SIZE as u32
+                });
+                let copy = Self { base: (&raw mut paging::ROM_COPY) as u32, length, place, ..self };
+                copy.write(0, &self.bytes()[..length as usize]);
+                Some(copy)
+            }
+        }
+    }
+
+    /// Puts UD2 into all slots but one of a patched copy: what the others hold is the guest's own now.
+    pub(crate) fn patch_all_but(&self, number: u32) {
+        // UD2, over and over.
+        const DEAD: [u8; SLOT_SIZE] = {
+            let mut bytes = [0x0f; SLOT_SIZE];
+            let mut place = 1;
+            while place < SLOT_SIZE {
+                bytes[place] = 0x0b;
+                place += 2;
+            }
+            bytes
+        };
+        if self.place != Place::Patched {
+            return;
+        }
+        for slot in SLOTS_13.map(usize::from) {
+            let offset = slot * SLOT_SIZE;
+            let original = &self.bytes()[offset..offset + SLOT_SIZE];
+            self.write(offset, if slot as u32 == number { original } else { &DEAD });
+        }
+    }
+
+    /// Writes into a copy. It is mapped read-only, as the ROM's storage is, so write protection is off
+    /// for the moment.
+    fn write(&self, offset: usize, bytes: &[u8]) {
+        assert!(offset + bytes.len() <= paging::ROM_COPY_SIZE);
+        let to = (&raw mut paging::ROM_COPY).cast::<u8>();
         let cr0 = processor::cr0();
         processor::set_cr0(cr0 & !(Cr0::CR0_WRITE_PROTECT.bits() as u32));
-        // SAFETY: long enough, and executed by nobody yet. It is mapped read-only, as the ROM's
-        // storage is, which is why write protection is off for the moment.
-        unsafe {
-            core::ptr::copy_nonoverlapping(self.bytes().as_ptr(), copy.cast(), self.length as usize)
-        };
+        // SAFETY: inside the copy, and executed by nobody now.
+        unsafe { core::ptr::copy_nonoverlapping(bytes.as_ptr(), to.add(offset), bytes.len()) };
         processor::set_cr0(cr0);
-        Self { base: copy as u32, place: "copy", ..self }
     }
 
     /// Where the image's code may be.
@@ -87,22 +167,36 @@ impl Rom {
         self.base..self.base + self.length
     }
 
-    /// Runs `vmi_init`: EAX = 0 on success.
+    /// Runs `vmi_init`, which is Init where there are slots: EAX = 0 on success.
     pub(crate) fn initialize(&self) -> Outcome {
         self.enter(offset_of!(RomHeader, vmi_init), 0, 0)
     }
 
-    /// Runs `get_reloc`.
-    pub(crate) fn ask(&self, number: CallNumber, flags: u32) -> (RelocationInfo, Outcome) {
-        let outcome = self.enter(offset_of!(RomHeader, get_reloc), number.0, flags);
+    /// The answer for a call, by the client's own numbers.
+    pub(crate) fn answer(&self, number: u32) -> RelocationInfo {
+        self.ask(number, 0).0
+    }
+
+    /// Asks for a call, as the client does; nothing is run for a client that knows where its slots are.
+    pub(crate) fn ask(&self, number: u32, flags: u32) -> (RelocationInfo, Option<Outcome>) {
+        let offset = match self.client {
+            Client::Lookup => offset_of!(RomHeader, get_reloc),
+            Client::PointerTable => slot::GetRelocationInfo.offset(),
+            Client::CopiedSlots => {
+                let slot = self.base + number * SLOT_SIZE as u32;
+                let kind = u32::from(RelocationType::CALL_REL.0);
+                return (RelocationInfo::from_registers(slot, kind), None);
+            }
+        };
+        let outcome = self.enter(offset, number, flags);
         let Registers { eax, edx, .. } = outcome.after.registers;
-        (RelocationInfo::from_registers(eax, edx), outcome)
+        (RelocationInfo::from_registers(eax, edx), Some(outcome))
     }
 
     /// The code of a call that leaves its site alone, where that is not what `get_reloc` answers.
     pub(crate) fn plain(&self, number: CallNumber) -> Option<u32> {
-        let (answer, _) = self.ask(number, 0);
-        let (plain, _) = self.ask(CallNumber(number.0 | KEEP_SITE), 0);
+        let answer = self.answer(number.0);
+        let plain = self.answer(number.0 | KEEP_SITE);
         (plain.kind == answer.kind && plain.eip != answer.eip).then_some(plain.eip.get())
     }
 

@@ -9,7 +9,7 @@ use crate::report::Problems;
 use crate::rom::Rom;
 use crate::site::{self, Rewriting, Site};
 use core::fmt;
-use vmi_abi::{Call, Ending, RelocationType, STACK_LIMIT, Segments};
+use vmi_abi::{Answers, Call, Ending, RelocationType, STACK_LIMIT, Segments};
 use x86::bits32::eflags::EFlags;
 
 /// Results of arithmetic.
@@ -130,6 +130,8 @@ pub(crate) struct Session {
     pub(crate) space: Space,
     pub(crate) rom: Rom,
     pub(crate) call: &'static Call,
+    /// Its number in the client's revision.
+    pub(crate) number: u32,
     /// The ROM's answer.
     pub(crate) answer: RelocationType,
     /// The code that is called: the ROM's, or the guest's own where the ROM leaves it to the guest.
@@ -169,15 +171,15 @@ impl Session {
     pub(crate) fn new(
         space: Space,
         rom: Rom,
-        call: &'static Call,
+        (number, call): (u32, &'static Call),
         answer: RelocationType,
         target: Option<u32>,
     ) -> Self {
-        let number = call.number.map_or(0, |number| number.0);
         Self {
             space,
             rom,
             call,
+            number,
             answer,
             target,
             variant: VARIANTS[0],
@@ -205,7 +207,7 @@ impl Session {
             let possible = match self.answer {
                 RelocationType::JUMP_REL => Form::Patched,
                 RelocationType::NONE => Form::Pointer,
-                _ => variant.form,
+                _ => self.rom.client.form().unwrap_or(variant.form),
             };
             if possible == variant.form {
                 self.variant = variant;
@@ -305,9 +307,11 @@ impl Session {
         }
     }
 
-    /// Whether a return address is pushed.
+    /// Whether a return address is pushed. Nobody calls a slot that does not come back.
     pub(crate) fn is_called(&self) -> bool {
+        let has_slots = self.rom.client.revision().has_slots();
         self.answer != RelocationType::JUMP_REL
+            && !(has_slots && self.call.contract.ending == Ending::Transfers)
     }
 
     /// Notes an exception; `true` when there was none.
@@ -401,9 +405,12 @@ impl Session {
             (form, RelocationType::CALL_REL) if self.by_jump => {
                 Site::through_jump(self.place, target, form == Form::Pointer, through_ss)
             }
+            (Form::Pointer, _) if !self.is_called() => {
+                Site::jump_pointer(self.place, target, through_ss)
+            }
             (Form::Pointer, _) => Site::pointer(self.place, target, through_ss),
             (Form::Patched, RelocationType::NOP) => Site::nop(self.place),
-            (Form::Patched, RelocationType::JUMP_REL) => Site::jump(self.place, target),
+            (Form::Patched, _) if !self.is_called() => Site::jump(self.place, target),
             (Form::Patched, _) => Site::call(self.place, target),
         };
         if !self.reuse || self.written != Some(wanted) {
@@ -434,7 +441,8 @@ impl Session {
 
     /// Whether the interface allows the ROM's answer for this call.
     pub(crate) fn judge_answer(&mut self) {
-        let allowed = self.call.contract.answers;
+        let has_slots = self.rom.client.revision().has_slots();
+        let allowed = if has_slots { Answers::SLOT } else { self.call.contract.answers };
         let answer = self.answer;
         self.expect(
             answer.as_answers().is_some_and(|answer| allowed.contains(answer)),

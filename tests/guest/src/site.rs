@@ -20,8 +20,9 @@ const CALL: u8 = 0xe8;
 const JUMP: u8 = 0xe9;
 const BRANCH_SIZE: u32 = 5;
 
-/// `call [disp32]`, and the prefix that reads the pointer through SS.
+/// `call [disp32]`, `jmp [disp32]`, and the prefix that reads the pointer through SS.
 const CALL_POINTER: [u8; 2] = [0xff, 0x15];
+const JUMP_POINTER: [u8; 2] = [0xff, 0x25];
 const THROUGH_SS: u8 = 0x36;
 
 /// `ret`.
@@ -113,12 +114,22 @@ impl Site {
 
     /// `call *pointer`; through SS where DS may be anybody's.
     pub(crate) fn pointer(place: Place, target: u32, through_ss: bool) -> Self {
-        Self::through(place, POINTER, target, through_ss)
+        Self::through(place, CALL_POINTER, POINTER, target, through_ss)
     }
 
-    fn through(place: Place, pointer: u32, target: u32, through_ss: bool) -> Self {
+    /// `jmp *pointer`.
+    pub(crate) fn jump_pointer(place: Place, target: u32, through_ss: bool) -> Self {
+        Self::through(place, JUMP_POINTER, POINTER, target, through_ss)
+    }
+
+    fn through(
+        place: Place,
+        [first, second]: [u8; 2],
+        pointer: u32,
+        target: u32,
+        through_ss: bool,
+    ) -> Self {
         let [a, b, c, d] = (frames() + pointer).to_le_bytes();
-        let [first, second] = CALL_POINTER;
         let mut site = Self::new(place, &[first, second, a, b, c, d]);
         site.pointer = Some(target);
         if through_ss {
@@ -289,7 +300,8 @@ pub(crate) fn protect(space: Space, read_only: bool) {
 
 /// The site of the guest's own calls, which calls a function and then jumps to the point of return.
 pub(crate) fn own_site(target: u32) -> u32 {
-    let site = Site::through(Place(OWN_SITE.wrapping_sub(SITES)), OWN_POINTER, target, true);
+    let place = Place(OWN_SITE.wrapping_sub(SITES));
+    let site = Site::through(place, CALL_POINTER, OWN_POINTER, target, true);
     site.write(harness::return_point as *const () as u32);
     site.start
 }

@@ -7,18 +7,19 @@
 #![expect(unsafe_code, reason = "UNSAFETY: the record lies at a fixed place in memory")]
 
 use crate::boot::PAGE_OFFSET;
+use crate::client::Client;
 use crate::console::line;
 use crate::paging::{self, Mode, Space};
 use crate::report::{self, Problems, Report};
-use crate::rom::Rom;
+use crate::rom::{self, Rom};
 use crate::session::Session;
 use crate::site::{self, Place, Rewriting};
 use crate::traps;
 use crate::{checks, command_line, console, costs, crowd, devices, segments};
 use vmi_abi::flags::RebootKind;
 use vmi_abi::header::checksum;
-use vmi_abi::probe::license;
-use vmi_abi::{CALLS_3_0, Call, CallNumber, RelocationType, number};
+use vmi_abi::probe::{Refusal, license};
+use vmi_abi::{Call, CallNumber, RelocationType, Revision, number};
 
 /// What is remembered across a reset.
 #[derive(Clone, Copy)]
@@ -46,10 +47,16 @@ const HARD_RESET: u32 = 2;
 const RECORD: u32 = 0x80_0000;
 
 impl Record {
-    fn new(phase: u32, report: &Report, number: CallNumber, mode: usize, place: usize) -> Self {
+    fn new(phase: u32, report: &Report, number: u32, mode: usize, place: rom::Place) -> Self {
         let (points, failures) = (report.points(), report.failures());
+        let place = rom::Place::ALL.iter().position(|known| *known == place).unwrap_or(0);
         let (mode, place) = (mode as u32, place as u32);
-        Self { magic: MAGIC, phase, points, failures, number: number.0, mode, place, check: 0 }
+        Self { magic: MAGIC, phase, points, failures, number, mode, place, check: 0 }
+    }
+
+    /// The ROM's place.
+    fn place(&self) -> rom::Place {
+        rom::Place::ALL.get(self.place as usize).copied().unwrap_or(rom::Place::Direct)
     }
 
     fn pointer() -> *mut Self {
@@ -83,7 +90,6 @@ impl Record {
 }
 
 const MODES: [Mode; 2] = [Mode::NonPae, Mode::Pae];
-const PLACES: [&str; 3] = ["direct", "alias", "copy"];
 
 /// Runs the suite.
 pub(crate) extern "C" fn main() -> ! {
@@ -91,23 +97,40 @@ pub(crate) extern "C" fn main() -> ! {
     segments::initialize(trap_stack_top());
     traps::initialize();
     devices::discard_interrupts();
+    let Some(client) = Client::wanted() else {
+        report::abandon(format_args!("the command line asks for a client that there is not"))
+    };
     match Record::take() {
-        None => first_start(),
-        Some(record) => started_again(record),
+        None => first_start(client),
+        Some(record) => started_again(client, record),
     }
 }
 
-fn first_start() -> ! {
+/// The ROM that the guest runs on.
+fn find(client: Client, passed_over: impl FnMut(u32, Refusal)) -> Rom {
+    Rom::find(client, passed_over).unwrap_or_else(|| {
+        let Revision { major, minor } = client.revision();
+        report::abandon(format_args!(
+            "no VMI ROM of revision {major}.{minor} between C0000h and DFFFFh"
+        ))
+    })
+}
+
+fn first_start(client: Client) -> ! {
     line!("TAP version 14");
     let mut report = Report::default();
     let space = Space::new(Mode::NonPae);
     space.activate();
-    let rom = Rom::find(|physical, refusal| line!("# passed over: {physical:#x}: {refusal}"));
-    let Some(rom) = rom else {
-        report::abandon(format_args!("no VMI ROM of revision 3.0 between C0000h and DFFFFh"))
-    };
+    let rom = find(client, |physical, refusal| {
+        line!("# passed over: {physical:#x}: {refusal}");
+    });
     let name = license(rom.bytes()).and_then(|text| core::str::from_utf8(text).ok()).unwrap_or("?");
-    line!("# rom base={:#x} length={} license=\"{name}\"", rom.physical, rom.length);
+    let Revision { major, minor } = rom.revision();
+    line!(
+        "# rom base={:#x} length={} revision={major}.{minor} license=\"{name}\"",
+        rom.physical,
+        rom.length
+    );
     report.check(
         format_args!("the image's bytes add up to 0"),
         match checksum(rom.bytes()) {
@@ -129,7 +152,7 @@ fn first_start() -> ! {
             space.activate();
             space
         };
-        for rom in [rom, rom.through_alias(), rom.copied()] {
+        for rom in rom::Place::ALL.into_iter().filter_map(|place| rom.at(place)) {
             test_rom(&mut report, space, index, rom);
         }
     }
@@ -142,11 +165,14 @@ fn first_start() -> ! {
         },
     );
     let space = Space::current(MODES[usize::from(paging::has_pae())]);
-    // A ROM that breaks rules may take the guest down with it here, where no call is under test.
-    if report.is_clean() {
-        costs::count(space, rom);
+    // Slots are called where they are: nothing is rewritten.
+    if client == Client::Lookup {
+        // A ROM that breaks rules may take the guest down with it here, where no call is under test.
+        if report.is_clean() {
+            costs::count(space, rom);
+        }
+        test_crowd(&mut report, space, rom);
     }
-    test_crowd(&mut report, space, rom);
     if command_line::has("no-reboot") {
         let mut session = open_reboot(rom);
         session.judge_answer();
@@ -177,29 +203,22 @@ fn test_rom(report: &mut Report, space: Space, mode: usize, rom: Rom) {
     let mut problems = Problems::default();
     checks::entry_points(&rom, &mut problems);
     report.point(
-        format_args!("{} {}: vmi_init and get_reloc", space.mode.name(), rom.place),
+        format_args!("{} {}: vmi_init and get_reloc", space.mode.name(), rom.place.name()),
         &problems,
     );
-    for call in CALLS_3_0 {
-        let Some(number) = call.number else { continue };
-        if number == number::Reboot {
+    for (number, call) in rom.client.revision().calls() {
+        if call.number == Some(number::Reboot) {
             continue; // The last test of all.
         }
-        let place = PLACES.iter().position(|place| *place == rom.place).unwrap_or(0);
-        let record = Record::new(TESTING, report, number, mode, place);
+        let record = Record::new(TESTING, report, number, mode, rom.place);
         record.store();
-        line!(
-            "# begin mode={} alias={} number={} name={}",
-            space.mode.name(),
-            rom.place,
-            number.0,
-            call.name
-        );
-        let mut session = open(space, rom, call, number);
+        begin(space, rom, number, call);
+        rom.patch_all_but(number);
+        let mut session = open(space, rom, (number, call));
         session.judge_answer();
         if session.is_testable() {
-            checks::check(&mut session, number);
-            check_sites(&mut session, number);
+            checks::check(&mut session);
+            check_sites(&mut session);
         } else {
             session.skipped = Some("the ROM leaves it to the guest, which has no code for it");
         }
@@ -208,44 +227,51 @@ fn test_rom(report: &mut Report, space: Space, mode: usize, rom: Rom) {
     }
 }
 
+/// Says which call comes next: the guest may not come back from it.
+fn begin(space: Space, rom: Rom, number: u32, call: &Call) {
+    let (mode, place, name) = (space.mode.name(), rom.place.name(), call.name);
+    line!("# begin mode={mode} alias={place} number={number} name={name}");
+}
+
 /// The same checks on sites that a ROM rewrites: where it did so before, where it must not, at every
 /// place that makes a difference, in read-only memory; and for the plain code that leaves sites alone.
-fn check_sites(session: &mut Session, number: CallNumber) {
+fn check_sites(session: &mut Session) {
     const WORST_ALIGNMENT: u32 = 64;
     let Some(rewriting) = session.rewriting else { return };
     session.reuse = true;
-    checks::check(session, number);
+    checks::check(session);
     session.by_jump = true;
-    checks::check(session, number);
+    checks::check(session);
     session.by_jump = false;
     let last_mode = session.space.mode == Mode::Pae || !paging::has_pae();
-    if session.rom.place == PLACES[0] && last_mode {
+    if session.rom.place == rom::Place::Direct && last_mode {
         site::protect(session.space, true);
         let across_pages = (1..=6).map(Place::before_border);
         for place in (1..WORST_ALIGNMENT).map(Place).chain(across_pages) {
             session.place = place;
-            checks::check(session, number);
+            checks::check(session);
         }
         site::protect(session.space, false);
         session.place = Place::default();
     }
     session.use_plain(rewriting.plain);
-    checks::check(session, number);
+    checks::check(session);
 }
 
 /// Binds a call: to the ROM's code, or to the guest's own where the ROM leaves it to the guest.
-fn open(space: Space, rom: Rom, call: &'static Call, number: CallNumber) -> Session {
-    let (answer, _) = rom.ask(number, 0);
+fn open(space: Space, rom: Rom, (number, call): (u32, &'static Call)) -> Session {
+    let answer = rom.answer(number);
+    let own = call.number.and_then(checks::own_code);
     let target = match answer.kind {
         RelocationType::CALL_REL | RelocationType::JUMP_REL => Some(answer.eip.get()),
         RelocationType::NOP => Some(checks::do_nothing as *const () as u32),
-        _ => checks::own_code(number),
+        _ => own,
     };
-    let mut session = Session::new(space, rom, call, answer.kind, target);
-    if answer.kind.has_address() {
+    let mut session = Session::new(space, rom, (number, call), answer.kind, target);
+    if rom.client == Client::Lookup && answer.kind.has_address() {
         session.rewriting = rom
-            .plain(number)
-            .zip(checks::own_code(number))
+            .plain(CallNumber(number))
+            .zip(own)
             .map(|(plain, own)| Rewriting::new(call, plain, own, devices::site_rule()));
     }
     session
@@ -253,16 +279,14 @@ fn open(space: Space, rom: Rom, call: &'static Call, number: CallNumber) -> Sess
 
 /// Writes what was found of a call.
 fn conclude(report: &mut Report, session: &Session) {
-    let Session { call, space, rom, .. } = session;
-    let number = call.number.map_or(0, |number| number.0);
-    let mode = space.mode.name();
-    report.point(format_args!("{mode} {}: {number} {}", rom.place, call.name), &session.problems);
+    let Session { call, space, rom, number, .. } = session;
+    let (mode, place) = (space.mode.name(), rom.place.name());
+    report.point(format_args!("{mode} {place}: {number} {}", call.name), &session.problems);
     if let Some(reason) = session.skipped {
         line!("# not tried: {reason}");
     }
     line!(
-        "# call mode={mode} alias={} number={number} name={} answer={} verdict={} stack={} instructions={} checks={}",
-        rom.place,
+        "# call mode={mode} alias={place} number={number} name={} answer={} verdict={} stack={} instructions={} checks={}",
         call.name,
         session.answer.name().unwrap_or("unknown"),
         match (session.problems.is_empty(), session.skipped) {
@@ -278,23 +302,20 @@ fn conclude(report: &mut Report, session: &Session) {
 
 /// Binds Reboot, in the mode in which the suite ends.
 fn open_reboot(rom: Rom) -> Session {
-    let call = number::Reboot.call().expect("the declaration has it");
-    open(Space::current(MODES[usize::from(paging::has_pae())]), rom, call, number::Reboot)
+    let mut calls = rom.client.revision().calls();
+    let reboot = calls.find(|(_, call)| call.number == Some(number::Reboot));
+    let space = Space::current(MODES[usize::from(paging::has_pae())]);
+    open(space, rom, reboot.expect("every revision has it"))
 }
 
 /// Asks for a reset; the guest that starts again goes on in [`started_again`].
 fn test_reset(report: &Report, rom: Rom, phase: u32) -> ! {
-    let mode = usize::from(paging::has_pae());
-    let record = Record::new(phase, report, number::Reboot, mode, 0);
     let mut session = open_reboot(rom);
+    let mode = usize::from(paging::has_pae());
+    let record = Record::new(phase, report, session.number, mode, rom.place);
     session.judge_answer();
     let kind = if phase == SOFT_RESET { RebootKind::SOFT } else { RebootKind::HARD };
-    line!(
-        "# begin mode={} alias=direct number={} name={}",
-        MODES[mode].name(),
-        number::Reboot.0,
-        session.call.name
-    );
+    begin(session.space, rom, session.number, session.call);
     if session.problems.is_empty() {
         console::drain();
         record.store();
@@ -307,22 +328,23 @@ fn test_reset(report: &Report, rom: Rom, phase: u32) -> ! {
 }
 
 /// The guest was started again by a reset.
-fn started_again(record: Record) -> ! {
+fn started_again(client: Client, record: Record) -> ! {
     let mut report = Report::resumed(record.points, record.failures);
     let space = Space::new(Mode::NonPae);
     space.activate();
-    let (Some(rom), Some(call)) = (Rom::find(|_, _| ()), CallNumber(record.number).call()) else {
-        report::abandon(format_args!("the ROM is gone after a reset"))
+    let rom = find(client, |_, _| ());
+    let Some(call) = client.revision().call(record.number) else {
+        report::abandon(format_args!("a call is recorded that there is not"))
     };
     if record.phase == SOFT_RESET {
         return_to_mode(record.mode, space);
         test_reset(&report, rom, HARD_RESET);
     }
     let mode = MODES[(record.mode as usize).min(1)];
-    let place = PLACES[(record.place as usize).min(2)];
-    let (answer, _) = rom.ask(CallNumber(record.number), 0);
+    let answer = rom.answer(record.number);
+    let rom = Rom { place: record.place(), ..rom };
     let mut session =
-        Session::new(Space::current(mode), Rom { place, ..rom }, call, answer.kind, None);
+        Session::new(Space::current(mode), rom, (record.number, call), answer.kind, None);
     session.expect(record.phase == HARD_RESET, format_args!("the machine was reset"));
     conclude(&mut report, &session);
     report.finish()

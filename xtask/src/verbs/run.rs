@@ -1,14 +1,14 @@
 //! `cargo xtask run`.
 
-use crate::artifacts;
-use crate::conformance::{self, CallSummary, Conformance, Cost};
+use crate::artifacts::{self, Artifacts};
+use crate::conformance::{self, CallSummary, Client, Conformance, Cost, Subject};
 use crate::progress::Progress;
 use crate::qemu::{Attachment, Machine, Model};
 use crate::table::{Align, BAD, Cell, DIM, GOOD, HEAD, Table};
 use crate::tap::Verdict;
 use crate::toolchain::Need;
 use anyhow::Result;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -19,9 +19,17 @@ use std::time::Duration;
 /// Succeeds only if every check holds.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Try this ROM instead of ours: any of revision 3.0.
+    /// Try this ROM instead of ours, of any revision that there are kernels for.
     #[arg(long, value_name = "FILE")]
     rom: Option<PathBuf>,
+    /// Try no ROM but the native backend that is linked into the guest.
+    #[arg(long, conflicts_with_all = ["rom", "bar"])]
+    no_rom: bool,
+    /// The kind of kernel that the guest behaves like, by its revision of the interface: 3.0 as Linux
+    /// 2.6.21 to 2.6.36 does, 13.0 as the patches of March 2006 did, 13.3 as Sanos does. Left out, it
+    /// is the one that suits the ROM.
+    #[arg(long, value_enum)]
+    client: Option<Client>,
     /// QEMU's machine model.
     #[arg(long, value_enum, default_value_t = Model::Pc)]
     machine: Model,
@@ -53,10 +61,31 @@ pub struct Args {
     verbose: bool,
 }
 
-/// A ROM and what came of it.
+/// What was tried, and what came of it.
 struct Tried {
-    rom: PathBuf,
+    subject: Subject,
     result: Conformance,
+}
+
+/// What the user wants to have tried.
+fn subjects(args: &Args, built: &Artifacts) -> Result<Vec<Subject>> {
+    let client = args.client.unwrap_or(Client::Lookup);
+    if args.no_rom {
+        return Ok(vec![Subject { rom: None, client }]);
+    }
+    let roms = match (&args.rom, client) {
+        (Some(rom), _) => vec![rom],
+        (None, Client::CopiedSlots) => vec![&built.slots_13_0],
+        (None, Client::PointerTable) => vec![&built.slots_13_3],
+        (None, Client::Lookup) if args.costs => vec![&built.native, &built.fastest, &built.call],
+        (None, Client::Lookup) => vec![&built.native, &built.call],
+    };
+    let way = if args.bar { Attachment::PciRomBar } else { Attachment::OptionRom };
+    let subject = |rom: &PathBuf| {
+        let client = args.client.map_or_else(|| Client::of_rom(rom), Ok)?;
+        Ok(Subject { rom: Some(way(rom.clone())), client })
+    };
+    roms.into_iter().map(subject).collect()
 }
 
 /// Runs.
@@ -67,11 +96,7 @@ struct Tried {
 pub fn run(args: &Args) -> Result<ExitCode> {
     let findings = super::setup::provide(Need::RUN)?;
     let built = artifacts::build_all(&findings)?;
-    let roms = match &args.rom {
-        Some(rom) => vec![rom.clone()],
-        None if args.costs => vec![built.native.clone(), built.fastest.clone(), built.call.clone()],
-        None => vec![built.native.clone(), built.call.clone()],
-    };
+    let subjects = subjects(args, &built)?;
     let machine = Machine {
         model: args.machine,
         cpu: args.cpu.clone(),
@@ -80,13 +105,12 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         limit: Duration::from_secs(args.limit),
         ..Machine::default()
     };
-    let way = if args.bar { Attachment::PciRomBar } else { Attachment::OptionRom };
 
     let mut tried = Vec::new();
-    for rom in roms {
+    for subject in subjects {
         let progress = Progress::start(format!(
             "running {} on {}, processor {}",
-            file_name(&rom),
+            subject.name(),
             machine.model,
             machine.cpu
         ));
@@ -97,9 +121,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
                 progress.at(line);
             }
         };
-        let result = conformance::check(&built.emulator, &built.guest, &rom, way, &machine, show)?;
+        let result = conformance::check(&built.emulator, &built.guest, &subject, &machine, show)?;
         drop(progress);
-        tried.push(Tried { rom, result });
+        tried.push(Tried { subject, result });
     }
 
     let passes = tried.iter().all(|tried| tried.result.complaint().is_none());
@@ -111,19 +135,15 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     Ok(if passes { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn file_name(path: &Path) -> String {
-    path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
-}
-
 /// Everything for a reader.
 fn text(tried: &[Tried], costs_wanted: bool) -> String {
     let mut text = if costs_wanted { cost_table(tried) } else { table(tried) };
-    for Tried { rom, result } in tried {
-        text.push_str(&failures(rom, result));
+    for Tried { subject, result } in tried {
+        text.push_str(&failures(&subject.name(), result));
     }
     text.push('\n');
-    for Tried { rom, result } in tried {
-        text.push_str(&closing(rom, result));
+    for Tried { subject, result } in tried {
+        text.push_str(&closing(&subject.name(), result));
     }
     text
 }
@@ -135,14 +155,16 @@ fn table(tried: &[Tried]) -> String {
     let mut titles = vec!["nr", "call"];
     for tried in tried {
         columns.extend([Align::Left, Align::Left, Align::Right, Align::Right]);
-        roms.extend([Cell::new(file_name(&tried.rom), HEAD), "".into(), "".into(), "".into()]);
+        roms.extend([Cell::new(tried.subject.name(), HEAD), "".into(), "".into(), "".into()]);
         titles.extend(["answer", "verdict", "stack", "instructions"]);
     }
     let mut table = Table::new(&columns);
     table.row(roms);
     table.heading(&titles);
-    for (index, call) in vmi_abi::CALLS_3_0.iter().enumerate() {
-        let mut row: Vec<Cell> = vec![index.to_string().into(), call.name.into()];
+    // All that is tried at once is tried by one client.
+    let calls = tried.first().map(|tried| tried.subject.client.revision().calls());
+    for (index, (number, call)) in calls.into_iter().flatten().enumerate() {
+        let mut row: Vec<Cell> = vec![number.to_string().into(), call.name.into()];
         for tried in tried {
             match tried.result.calls.get(index) {
                 Some(summary) => row.extend(call_cells(summary)),
@@ -161,7 +183,7 @@ fn cost_table(tried: &[Tried]) -> String {
     let mut titles = vec!["instructions of", "native"];
     for tried in tried {
         columns.extend([Align::Right, Align::Right]);
-        roms.extend(["".into(), Cell::new(file_name(&tried.rom), HEAD)]);
+        roms.extend(["".into(), Cell::new(tried.subject.name(), HEAD)]);
         titles.extend(["with", "ratio"]);
     }
     let mut table = Table::new(&columns);
@@ -215,17 +237,12 @@ fn call_cells(call: &CallSummary) -> [Cell; 4] {
 }
 
 /// Every failing check in full.
-fn failures(rom: &Path, result: &Conformance) -> String {
+fn failures(name: &str, result: &Conformance) -> String {
     let mut text = String::new();
     let bad = |line: String| format!("{}{line}{}\n", BAD.render(), BAD.render_reset());
     for check in result.report.failures() {
         text.push('\n');
-        text.push_str(&bad(format!(
-            "{}: check {} fails: {}",
-            file_name(rom),
-            check.number,
-            check.description
-        )));
+        text.push_str(&bad(format!("{name}: check {} fails: {}", check.number, check.description)));
         for (key, values) in &check.details {
             for value in values {
                 text.push_str(&format!("  {key}: {value}\n"));
@@ -234,7 +251,7 @@ fn failures(rom: &Path, result: &Conformance) -> String {
     }
     for fault in &result.report.faults {
         text.push('\n');
-        text.push_str(&bad(format!("{}: {fault}", file_name(rom))));
+        text.push_str(&bad(format!("{name}: {fault}")));
     }
     // A guest that did not come to its end has said something last.
     if result.report.closing.is_none() {
@@ -250,13 +267,12 @@ fn failures(rom: &Path, result: &Conformance) -> String {
 }
 
 /// The last word on a ROM.
-fn closing(rom: &Path, result: &Conformance) -> String {
+fn closing(name: &str, result: &Conformance) -> String {
     let count = |verdict| {
         result.calls.iter().filter(|call| call.verdict == verdict && !call.is_native()).count()
     };
     let native = result.calls.iter().filter(|call| call.is_native()).count();
     let seconds = result.run.duration.as_secs_f64();
-    let name = file_name(rom);
     let holding = result.report.checks.iter().filter(|check| check.ok).count();
     let figures = format!(
         "{holding} of {} checks hold; {} calls bound, {native} left to the guest, {} failing; {seconds:.1} s",
@@ -276,9 +292,10 @@ fn closing(rom: &Path, result: &Conformance) -> String {
 fn json(tried: &[Tried]) -> serde_json::Value {
     let roms: Vec<serde_json::Value> = tried
         .iter()
-        .map(|Tried { rom, result }| {
+        .map(|Tried { subject, result }| {
             serde_json::json!({
-                "path": rom,
+                "path": subject.rom.as_ref().map(|rom| rom.path()),
+                "client": subject.client,
                 "passes": result.complaint().is_none(),
                 "complaint": result.complaint(),
                 "seconds": result.run.duration.as_secs_f64(),

@@ -6,8 +6,8 @@
 use super::{read, run_own};
 use crate::harness::{Outcome, Registers};
 use crate::paging::{
-    self, ACCESSED, DIRTY, GLOBAL, Mode, NO_EXECUTE, PAGE, Space, TEST_AREA, TEST_FRAMES, WRITE,
-    has_global_pages, has_no_execute,
+    self, ACCESSED, DIRTY, GLOBAL, Mode, NO_EXECUTE, PAGE, PRESENT, Space, TEST_AREA, TEST_FRAMES,
+    WRITE, has_global_pages, has_no_execute,
 };
 use crate::processor;
 use crate::session::{Arguments, Session};
@@ -26,7 +26,7 @@ fn frame(index: usize) -> u32 {
 }
 
 /// Writes a mark into each test frame.
-fn mark_frames() {
+pub(super) fn mark_frames() {
     for (index, mark) in MARKS.into_iter().enumerate() {
         let word = (&raw mut TEST_FRAMES).cast::<paging::Frame>().wrapping_add(index).cast::<u32>();
         // SAFETY: the frame belongs to the tests.
@@ -51,7 +51,7 @@ struct Words([u32; 8]);
 
 static mut WORDS: Words = Words([0; 8]);
 
-fn words() -> *mut u32 {
+pub(super) fn words() -> *mut u32 {
     (&raw mut WORDS).cast()
 }
 
@@ -60,7 +60,7 @@ fn word(index: usize) -> u32 {
     unsafe { words().add(index).read_volatile() }
 }
 
-fn fill_words(s: &mut Session) -> [u32; 8] {
+pub(super) fn fill_words(s: &mut Session) -> [u32; 8] {
     core::array::from_fn(|index| {
         let value = s.random();
         // SAFETY: inside the array.
@@ -70,7 +70,7 @@ fn fill_words(s: &mut Session) -> [u32; 8] {
 }
 
 /// Checks that the words are what they were, but for some that were replaced.
-fn words_are(s: &mut Session, wanted: &[u32; 8]) {
+pub(super) fn words_are(s: &mut Session, wanted: &[u32; 8]) {
     for (index, wanted) in wanted.iter().enumerate() {
         s.expect(
             word(index) == *wanted,
@@ -116,13 +116,24 @@ const FLAGS: [u32; 4] = [
 ];
 
 pub(crate) fn SetPxE(s: &mut Session) {
+    stores_short(s, &FLAGS, |s, value, entry, flags| {
+        s.call(Arguments::NONE.eax(value).edx(entry).ecx(flags));
+    });
+}
+
+/// A call that stores a 32-bit entry: called with the value, the entry and each of these flags.
+pub(super) fn stores_short(
+    s: &mut Session,
+    flags: &[u32],
+    set: impl Fn(&mut Session, u32, u32, u32) + Copy,
+) {
     mark_frames();
     s.each(|s| {
-        for flags in FLAGS {
+        for flags in flags {
             let mut wanted = fill_words(s);
             wanted[3] = s.random();
             let entry = words().wrapping_add(3) as u32;
-            s.call(Arguments::NONE.eax(wanted[3]).edx(entry).ecx(flags));
+            set(s, wanted[3], entry, *flags);
             words_are(s, &wanted);
         }
         if s.space.mode == Mode::NonPae {
@@ -130,17 +141,15 @@ pub(crate) fn SetPxE(s: &mut Session) {
             sees_nothing(s, "before the call");
             for index in [0, 1] {
                 let value = s.space.make(frame(index), WRITE) as u32;
-                s.call(Arguments::NONE.eax(value).edx(entry).ecx(CURRENT));
+                set(s, value, entry, CURRENT);
                 processor::invlpg(TEST_AREA);
                 sees(s, index, "after the call");
             }
-            s.call(Arguments::NONE.eax(0).edx(entry).ecx(CURRENT));
+            set(s, 0, entry, CURRENT);
             processor::invlpg(TEST_AREA);
             sees_nothing(s, "after the entry was cleared");
         }
-        faults_and_goes_on(s, |s, address, value| {
-            s.call(Arguments::NONE.eax(value).edx(address).ecx(EntryFlags::PT.bits()));
-        });
+        faults_and_goes_on(s, |s, address, value| set(s, value, address, EntryFlags::PT.bits()));
     });
 }
 
@@ -188,13 +197,13 @@ fn look_at_entry() {
     }
 }
 
-/// Stores a 64-bit entry through the call; in a traced run nobody may see half of it.
-fn set_long(s: &mut Session, value: u64, entry: u32, flags: u32) {
+/// Calls, and in a traced run looks at a 64-bit entry meanwhile: nobody may see half of the new value.
+fn not_torn(s: &mut Session, value: u64, entry: u32, call: impl FnOnce(&mut Session)) {
     // SAFETY: callers name mapped memory.
     let old = unsafe { (entry as *const u64).read_volatile() };
     *WATCHED.lock() = Watched { address: entry, values: [old, value], torn: None };
     s.watch = Some(look_at_entry);
-    s.call(Arguments::NONE.eax(value as u32).edx((value >> 32) as u32).ecx(entry).stack(&[flags]));
+    call(s);
     s.watch = None;
     let torn = WATCHED.lock().torn.take();
     s.expect(
@@ -203,36 +212,63 @@ fn set_long(s: &mut Session, value: u64, entry: u32, flags: u32) {
     );
 }
 
+/// A 64-bit value for a call that takes it in EDX:EAX and the entry in ECX.
+pub(super) fn long_arguments(value: u64, entry: u32) -> Arguments {
+    Arguments::NONE.eax(value as u32).edx((value >> 32) as u32).ecx(entry)
+}
+
 pub(crate) fn SetPxELong(s: &mut Session) {
-    if !processor::has_cmpxchg8b() {
-        s.skipped = Some("the processor has no CMPXCHG8B, and kernels do not use PAE on it");
+    stores_long(s, &FLAGS, |s, value, entry, flags| {
+        s.call(long_arguments(value, entry).stack(&[flags]));
+    });
+}
+
+/// A call that stores a 64-bit entry: called with the value, the entry and each of these flags.
+pub(super) fn stores_long(
+    s: &mut Session,
+    flags: &[u32],
+    call: impl Fn(&mut Session, u64, u32, u32) + Copy,
+) {
+    if lacks_long_entries(s) {
         return;
     }
+    let set = |s: &mut Session, value, entry, flags| {
+        not_torn(s, value, entry, |s| call(s, value, entry, flags));
+    };
     mark_frames();
     s.each(|s| {
-        for flags in FLAGS {
+        for flags in flags {
             let mut wanted = fill_words(s);
             (wanted[2], wanted[3]) = (s.random() | 1, s.random());
             let entry = words().wrapping_add(2) as u32;
-            set_long(s, u64::from(wanted[3]) << 32 | u64::from(wanted[2]), entry, flags);
+            set(s, u64::from(wanted[3]) << 32 | u64::from(wanted[2]), entry, *flags);
             words_are(s, &wanted);
         }
         if s.space.mode == Mode::Pae {
             let entry = empty_entry(s);
             sees_nothing(s, "before the call");
             for index in [0, 1] {
-                set_long(s, s.space.make(frame(index), WRITE | NO_EXECUTE), entry, CURRENT);
+                set(s, s.space.make(frame(index), WRITE | NO_EXECUTE), entry, CURRENT);
                 processor::invlpg(TEST_AREA);
                 sees(s, index, "after the call");
             }
             if has_no_execute() {
                 is_not_executable(s);
             }
-            set_long(s, 0, entry, CURRENT);
+            set(s, 0, entry, CURRENT);
             processor::invlpg(TEST_AREA);
             sees_nothing(s, "after the entry was cleared");
         }
     });
+}
+
+/// Whether the processor has no way to store 64 bits at once; the call is not tried then.
+pub(super) fn lacks_long_entries(s: &mut Session) -> bool {
+    let lacks = !processor::has_cmpxchg8b();
+    if lacks {
+        s.skipped = Some("the processor has no CMPXCHG8B, and kernels do not use PAE on it");
+    }
+    lacks
 }
 
 /// Jumps to EAX.
@@ -290,7 +326,7 @@ fn translate(s: &mut Session, other: vmi_abi::CallNumber) {
         for frame in FRAMES {
             let Outcome { after, .. } = s.call(Arguments::NONE.eax(frame));
             let there = after.registers.eax;
-            let (answer, _) = s.rom.ask(other, 0);
+            let answer = s.rom.answer(other.0);
             let back = if answer.kind == vmi_abi::RelocationType::CALL_REL {
                 // SAFETY: the ROM's own code, called as its contract says.
                 let routine = unsafe {
@@ -321,7 +357,12 @@ pub(crate) fn PhysicalToMachine(s: &mut Session) {
 
 /// What a page is announced as.
 fn page_flags(s: &Session) -> u32 {
-    PageFlags::PT.bits() | if s.space.mode == Mode::Pae { PageFlags::PAE.bits() } else { 0 }
+    PageFlags::PT.bits() | if s.space.mode == Mode::Pae { pae_flag(s) } else { 0 }
+}
+
+/// What says in the client's revision that entries have 64 bits.
+fn pae_flag(s: &Session) -> u32 {
+    if s.rom.client.revision().has_slots() { PageFlags::PAE_13 } else { PageFlags::PAE.bits() }
 }
 
 /// Checks that a test frame was left alone.
@@ -340,7 +381,7 @@ pub(crate) fn AllocatePage(s: &mut Session) {
     mark_frames();
     s.each(|s| {
         let plain = page_flags(s);
-        let clone = PageFlags::PD.bits() | PageFlags::CLONE.bits() | plain & PageFlags::PAE.bits();
+        let clone = PageFlags::PD.bits() | PageFlags::CLONE.bits() | plain & pae_flag(s);
         for (flags, source, start, count) in [(plain, 0, 0, 0), (clone, frame(1) / PAGE, 768, 256)]
         {
             s.call(
@@ -437,12 +478,40 @@ pub(crate) fn SetLazyMode(s: &mut Session) {
         ] {
             s.call(Arguments::NONE.eax(mode.0));
         }
-        // What was written meanwhile is visible when the mode is left.
-        let entry = empty_entry(s);
         s.call(Arguments::NONE.eax(LazyMode::MMU.0));
-        s.space.store(entry, s.space.make(frame(1), WRITE));
-        s.call(Arguments::NONE.eax(LazyMode::OFF.0));
-        sees(s, 1, "after the lazy mode");
-        empty_entry(s);
+        ends_a_delay(s, LazyMode::OFF.0);
     });
+}
+
+/// A call after which everything is visible that was written before; `eax` is its argument.
+pub(super) fn ends_a_delay(s: &mut Session, eax: u32) {
+    let entry = empty_entry(s);
+    s.space.store(entry, s.space.make(frame(1), WRITE));
+    s.call(Arguments::NONE.eax(eax));
+    sees(s, 1, "after the call");
+    empty_entry(s);
+}
+
+/// Tries a call that changes whether [`TEST_AREA`] is mapped, on the entry that maps it.
+pub(super) fn on_a_live_entry(
+    s: &mut Session,
+    mode: Mode,
+    maps: bool,
+    call: impl FnOnce(&mut Session, u32),
+) {
+    if s.space.mode != mode {
+        return;
+    }
+    mark_frames();
+    let entry = empty_entry(s);
+    let present = s.space.make(frame(0), WRITE);
+    s.space.store(entry, if maps { present & !PRESENT } else { present });
+    call(s, entry);
+    processor::invlpg(TEST_AREA);
+    if maps {
+        sees(s, 0, "after the call");
+    } else {
+        sees_nothing(s, "after the call");
+    }
+    empty_entry(s);
 }
