@@ -2,14 +2,14 @@
 //!
 //! `cargo xtask build` links every image at two bases and compares the bytes; the base comes
 //! through `VMI_ROM_LINK_BASE` (a hexadecimal number, 0 when unset). Which call lies in which slot of
-//! revision 13.x comes from the declaration of the calls.
+//! revision 13.x, and which routines are kept for a kernel to link, comes from the declaration of the calls.
 
 use std::env;
 use std::fmt::Write;
 use std::path::Path;
 use vmi_abi::calls::SLOTS_13;
 use vmi_abi::header::SLOT_SIZE;
-use vmi_abi::{REVISION_13_0, REVISION_13_3, Revision};
+use vmi_abi::{REVISION_3_0, REVISION_13_0, REVISION_13_3, Revision};
 
 fn main() {
     let variable = |name| env::var(name).expect("set by Cargo");
@@ -22,15 +22,17 @@ fn main() {
         return; // Built for the host, the package is a program that only says how to build it.
     }
     let has = |feature| env::var_os(feature).is_some();
-    let slots = if has("CARGO_FEATURE_REVISION_13_3") {
+    let calls = if has("CARGO_FEATURE_REVISION_13_3") {
         slots(REVISION_13_3)
     } else if has("CARGO_FEATURE_REVISION_13_0") {
         slots(REVISION_13_0)
+    } else if has("CARGO_FEATURE_LINKED") {
+        routines(REVISION_3_0)
     } else {
         String::new()
     };
     let output = variable("OUT_DIR");
-    std::fs::write(Path::new(&output).join("slots.ld"), slots).expect("Cargo's own folder");
+    std::fs::write(Path::new(&output).join("calls.ld"), calls).expect("Cargo's own folder");
 
     let base = env::var("VMI_ROM_LINK_BASE").unwrap_or_else(|_| "0".into());
     let arguments = [
@@ -42,12 +44,17 @@ fn main() {
         "--build-id=none",
         "--gc-sections",
         &format!("--defsym=rom_link_base=0x{base}"),
-        &format!("-L{output}"), // Where linker.ld finds slots.ld.
+        &format!("-L{output}"), // Where linker.ld finds calls.ld.
         &format!("-T{}", script.display()),
     ];
     for argument in arguments {
         println!("cargo::rustc-link-arg-bins={argument}");
     }
+}
+
+/// The routines of all calls, in the linker's language: those that no answer leads to are kept as well.
+fn routines(revision: Revision) -> String {
+    revision.calls().map(|(_, call)| format!("KEEP(*(.text.call.{}))\n", call.name)).collect()
 }
 
 /// The slots that hold calls, in the linker's language. What lies behind them is free for code.

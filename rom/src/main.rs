@@ -6,7 +6,8 @@
 //! - `entry`: the 16-bit code that the BIOS runs at POST,
 //! - `processors`: the part of it that finds out whether call sites may be rewritten,
 //! - `table`: `get_reloc` of revision 3.0 and its table, made from the declaration of the calls,
-//! - `slots`: what revision 13.x has in its place.
+//! - `slots`: what revision 13.x has in its place,
+//! - `linked`: the names under which a kernel links to the calls.
 //!
 //! This crate alone picks backends. `cargo xtask build` links it, cuts out the bytes, pads them and
 //! sets length and checksum.
@@ -20,6 +21,8 @@ mod processors;
 mod entry;
 #[cfg(target_os = "none")]
 mod header;
+#[cfg(all(target_os = "none", feature = "linked"))]
+mod linked;
 #[cfg(all(target_os = "none", feature = "slots"))]
 mod slots;
 #[cfg(all(target_os = "none", not(feature = "slots")))]

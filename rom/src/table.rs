@@ -7,7 +7,7 @@
 
 use core::arch::global_asm;
 use vmi_abi::{CALLS_3_0, CallNumber, RelocationInfo, RelocationType, for_each_call, number};
-use vmi_native_backend::binding::{Bind, SHORT_PLAIN, answer, is_short, least_rule};
+use vmi_native_backend::binding::{Bind, SHORT_PLAIN, SiteRule, answer, is_short, least_rule};
 
 /// Which answers this image gives.
 const BIND: Bind = if cfg!(feature = "bind-call") {
@@ -55,7 +55,7 @@ macro_rules! load_site_rule {
 #[cfg(not(feature = "rewrite-sites"))]
 macro_rules! load_site_rule {
     () => {
-        "movb $0, %dh"
+        "movb ${never}, %dh"
     };
 }
 
@@ -82,6 +82,14 @@ macro_rules! emit_table {
             "btrl ${keep_site}, %eax",
             "sbbb %dl, %dl", // All ones if the bit was set.
             load_site_rule!(),
+            // A kernel that linked the image may leave it at no rewriting at all. The answer is then the
+            // plain form: the other one would look at its site in vain each time.
+            ".if {is_linked}",
+            "cmpb ${never}, %dh",
+            "jne 3f",
+            "movb $-1, %dl",
+            "3:",
+            ".endif",
             "cmpl ${count}, %eax",
             "jae 2f",
             "leal (rows - 1b)(%ecx, %eax, {row_size}), %ecx",
@@ -116,6 +124,8 @@ macro_rules! emit_table {
             count = const CALLS_3_0.len(),
             row_size = const size_of::<RelocationInfo>(),
             keep_site = const KEEP_SITE,
+            is_linked = const cfg!(feature = "linked") as u8,
+            never = const SiteRule::Never as u8,
             options(att_syntax),
         );
     };

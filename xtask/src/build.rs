@@ -75,6 +75,8 @@ pub struct Rom {
 pub enum Form {
     /// Revision 3.0, with these answers.
     Lookup(Bind),
+    /// Revision 3.0 with every routine, for a kernel to link: see [`crate::link`].
+    Linked,
     /// Revision 13.0: slots.
     Slots13_0,
     /// Revision 13.3: slots, and answers that say where they are.
@@ -86,7 +88,7 @@ impl Form {
     #[must_use]
     pub const fn revision(self) -> Revision {
         match self {
-            Self::Lookup(_) => REVISION_3_0,
+            Self::Lookup(_) | Self::Linked => REVISION_3_0,
             Self::Slots13_0 => REVISION_13_0,
             Self::Slots13_3 => REVISION_13_3,
         }
@@ -99,6 +101,7 @@ impl Form {
             Self::Lookup(Bind::Rewrite) => "vmi-native",
             Self::Lookup(Bind::Fastest) => "vmi-native-fastest",
             Self::Lookup(Bind::Call) => "vmi-native-call",
+            Self::Linked => "vmi-native-linked",
             Self::Slots13_0 => "vmi-13.0-native",
             Self::Slots13_3 => "vmi-13.3-native",
         }
@@ -110,6 +113,7 @@ impl Form {
             Self::Lookup(Bind::Rewrite) => Some("rewrite-sites"),
             Self::Lookup(Bind::Fastest) => None,
             Self::Lookup(Bind::Call) => Some("bind-call"),
+            Self::Linked => Some("linked"),
             Self::Slots13_0 => Some("revision-13-0"),
             Self::Slots13_3 => Some("revision-13-3"),
         }
@@ -237,7 +241,7 @@ pub fn read(path: &Path) -> Result<Vec<u8>> {
 }
 
 /// Writes a file in one step: whoever reads it sees the old one or the new one.
-fn write(path: &Path, bytes: &[u8]) -> Result<()> {
+pub(crate) fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     let step = || {
         let folder = path.parent().unwrap_or(Path::new("."));
         fs::create_dir_all(folder)?;

@@ -5,6 +5,7 @@
 //! - [`setup`]: decides how to get what is missing,
 //! - [`build`]: compiles and links image and guest,
 //! - [`image`]: makes the finished image from the linked file, or refuses,
+//! - [`link`]: the form that a kernel links,
 //! - [`artifacts`]: what a build leaves behind, built once,
 //! - [`qemu`]: one run of a machine,
 //! - [`tap`]: what the test guest reports,
@@ -18,6 +19,7 @@ pub mod build;
 pub mod conformance;
 pub mod image;
 pub mod inspect;
+pub mod link;
 pub mod progress;
 pub mod qemu;
 pub mod reference;

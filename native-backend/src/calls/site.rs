@@ -57,6 +57,9 @@ const NOP: u8 = 0x90;
 const PAGE: u32 = 4096;
 const WORD: u32 = 8;
 
+/// What holds until POST, or the kernel that the image is linked into, has looked at the machine.
+const RULE: SiteRule = if cfg!(feature = "linked") { SiteRule::Never } else { SiteRule::InAWord };
+
 /// CR0.WP.
 const WRITE_PROTECT: u32 = Cr0::CR0_WRITE_PROTECT.bits() as u32;
 
@@ -116,7 +119,7 @@ routines! {
 
         // May sites be rewritten on this machine, and how?
         // The rule is a part of the instruction. POST sets it, and keeps the sum with the next byte.
-        "4: mov edx, {in_a_word}",
+        "4: mov edx, {rule}",
         ".globl site_rule",
         ".hidden site_rule",
         ".set site_rule, 4b + 1",
@@ -265,7 +268,7 @@ routines! {
         nop = const NOP,
         not_write_protect = const !WRITE_PROTECT,
         one_byte = const SiteRule::OneByte as u8,
-        in_a_word = const SiteRule::InAWord as u8,
+        rule = const RULE as u8,
         anywhere = const SiteRule::Anywhere as u8,
     }
 }

@@ -1,24 +1,30 @@
 //! `cargo xtask build`.
 
 use crate::build::{self, Form, Rom, Tools};
+use crate::link;
 use crate::table::{Align, Cell, DIM, Table};
 use crate::toolchain::Need;
 use anyhow::{Result, bail};
 use sha2::{Digest, Sha256};
 use std::process::ExitCode;
-use vmi_abi::{CALLS_3_0, RelocationType};
+use vmi_abi::{CALLS_3_0, REVISION_3_0, REVISION_13_0, REVISION_13_3, RelocationType, Revision};
 use vmi_native_backend::binding::{Bind, answer};
 
-/// Builds the ROM images and the test guest.
+/// Builds the ROM images and the test guest, or what a kernel links.
 ///
 /// Compiles for the bare machine, links each image at two addresses, compares the bytes, and
 /// refuses what could not run from read-only storage at any address. Leaves target/rom/*.rom with
 /// the linked file beside each, and target/guest/vmi-guest.elf.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Which revision of the interface the image serves.
-    #[arg(long, value_enum, default_value_t = Api::All)]
-    api: Api,
+    /// Which revision of the interface the image serves. [default: all; with --link: 3.0]
+    #[arg(long, value_enum, hide_default_value = true)]
+    api: Option<Api>,
+
+    /// Instead of images, build what a kernel links: in target/link/ an object and a library with
+    /// the native calls and nothing else.
+    #[arg(long, conflicts_with_all = ["bind", "card"])]
+    link: bool,
 
     /// Of revision 3.0: what the image answers, and whether short calls become native code where
     /// they are called. A ROM of 13.x has no answers to choose from. [default: all]
@@ -56,6 +62,17 @@ enum Api {
     All,
 }
 
+impl Api {
+    const fn revisions(self) -> &'static [Revision] {
+        match self {
+            Self::Lookup => &[REVISION_3_0],
+            Self::Slots13_0 => &[REVISION_13_0],
+            Self::Slots13_3 => &[REVISION_13_3],
+            Self::All => &[REVISION_3_0, REVISION_13_0, REVISION_13_3],
+        }
+    }
+}
+
 /// Which images of revision 3.0 to build.
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
 enum Binding {
@@ -88,7 +105,7 @@ impl Binding {
 fn forms(args: &Args) -> Result<Vec<Form>> {
     let kinds = args.bind.unwrap_or(Binding::All).kinds();
     let lookup = || kinds.iter().copied().map(Form::Lookup);
-    Ok(match (args.api, args.bind) {
+    Ok(match (args.api.unwrap_or(Api::All), args.bind) {
         (Api::Lookup, _) => lookup().collect(),
         (Api::Slots13_0, None) => vec![Form::Slots13_0],
         (Api::Slots13_3, None) => vec![Form::Slots13_3],
@@ -110,6 +127,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let forms = forms(args)?;
     let findings = super::setup::provide(Need::BUILD)?;
     let tools = Tools::from_findings(&findings)?;
+    if args.link {
+        return link(&tools, args.api.unwrap_or(Api::Lookup));
+    }
     let roms =
         forms.into_iter().map(|form| build::rom(&tools, form)).collect::<Result<Vec<Rom>>>()?;
 
@@ -148,6 +168,25 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Builds what kernels link.
+fn link(tools: &Tools, api: Api) -> Result<ExitCode> {
+    let mut table = Table::new(&[Align::Left, Align::Right, Align::Right, Align::Left]);
+    table.heading(&["linked into a kernel", "image", "symbols", "sha-256"]);
+    for revision in api.revisions() {
+        let link = link::build(tools, *revision)?;
+        for path in [&link.object, &link.archive] {
+            table.row([
+                build::shown(path).into(),
+                link.rom.image.bytes.len().to_string().into(),
+                link.symbols.to_string().into(),
+                sum(&build::read(path)?),
+            ]);
+        }
+    }
+    anstream::print!("{}", table.render());
+    Ok(ExitCode::SUCCESS)
+}
+
 /// As many digits of the sum as tell two images apart.
 fn sum(bytes: &[u8]) -> Cell {
     let digits: String =
@@ -182,7 +221,7 @@ mod tests {
 
     #[test]
     fn answers_are_chosen_for_revision_3_0_only() {
-        let asked = |api, bind| forms(&Args { api, bind, card: None });
+        let asked = |api, bind| forms(&Args { api: Some(api), link: false, bind, card: None });
         let names = |api, bind| -> Vec<&str> {
             asked(api, bind).expect("sensible").into_iter().map(Form::name).collect()
         };
