@@ -1,4 +1,5 @@
-//! Hands the guest's layout to the linker.
+//! Hands the guest's layout to the linker, and the objects with the native calls, for machines without a
+//! ROM: `VMI_LINK_OBJECTS` holds their paths, as `PATH` holds folders.
 
 use std::env;
 use std::path::Path;
@@ -13,6 +14,12 @@ fn main() {
             ["-static", "--build-id=none", "--gc-sections", &format!("-T{}", script.display())]
         {
             println!("cargo::rustc-link-arg-bins={argument}");
+        }
+        println!("cargo::rerun-if-env-changed=VMI_LINK_OBJECTS");
+        let objects = env::var_os("VMI_LINK_OBJECTS").unwrap_or_default();
+        for object in env::split_paths(&objects) {
+            println!("cargo::rerun-if-changed={}", object.display());
+            println!("cargo::rustc-link-arg-bins={}", object.display());
         }
     }
 }

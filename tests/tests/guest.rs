@@ -116,17 +116,16 @@ fn each_client_finds_its_own_rom() -> Result<()> {
     for (client, roms, wanted) in [
         (Client::Lookup, [&built.slots_13_0, &built.slots_13_3, &built.native], "3.0"),
         (Client::PointerTable, [&built.native, &built.slots_13_0, &built.slots_13_3], "13.3"),
-        // Any minor revision will do.
-        (Client::CopiedSlots, [&built.native, &built.slots_13_3, &built.slots_13_0], "13.3"),
-        (Client::CopiedSlots, [&built.native, &built.slots_13_0, &built.slots_13_3], "13.0"),
+        (Client::CopiedSlots, [&built.native, &built.slots_13_3, &built.slots_13_0], "13."),
     ] {
         let mut roms = roms.map(|rom| Attachment::OptionRom(rom.clone())).into_iter();
         let subject = Subject { rom: roms.next(), client };
         let machine = Machine { roms: roms.collect(), ..Machine::default() };
         let result = try_out(&subject, &machine)?;
         assert_eq!(result.complaint(), None, "{}\n{}", result.run.command, result.run.serial);
-        let found = result.report.rom.map(|rom| rom.revision);
-        assert_eq!(found.as_deref(), Some(wanted), "{client:?}");
+        // A client of 13.0 takes either of 13.x; QEMU chooses the order.
+        let found = result.report.rom.map(|rom| rom.revision).unwrap_or_default();
+        assert!(found.starts_with(wanted), "{client:?} found {found}");
     }
     Ok(())
 }
@@ -221,13 +220,42 @@ fn the_inspector_and_the_guest_get_the_same_answers() -> Result<()> {
     Ok(())
 }
 
-/// Without a ROM there is nothing to pass.
+/// Without a ROM the same guest runs on what is linked into it, whichever client it is.
 #[test]
-fn a_machine_without_a_rom_fails() -> Result<()> {
-    let built = artifacts::ensure()?;
-    let machine = Machine { kernel: Some(built.guest.clone()), banner: None, ..Machine::default() };
-    let run = machine.run(&built.emulator)?;
-    assert_ne!(run.outcome, xtask::qemu::Outcome::Passed);
-    assert!(run.serial.contains("Bail out! no VMI ROM of revision 3.0"), "{}", run.serial);
+fn without_a_rom() -> Result<()> {
+    for client in [Client::Lookup, Client::CopiedSlots, Client::PointerTable] {
+        for model in [Model::Pc, Model::Q35] {
+            let machine = Machine { model, ..Machine::default() };
+            all_holds(&Subject { rom: None, client }, &machine)?;
+        }
+    }
+    Ok(())
+}
+
+/// What is linked in rewrites call sites as soon as the kernel lets it, and not before.
+#[test]
+fn a_kernel_decides_about_its_own_sites() -> Result<()> {
+    let linked = Subject { rom: None, client: Client::Lookup };
+    for (processors, cpu, words) in
+        [(1, "max", "rewrite-sites"), (4, "max,-hypervisor", "rewrite-sites"), (1, "max", "")]
+    {
+        let append = Some(words.to_owned());
+        let machine = Machine { processors, cpu: cpu.into(), append, ..Machine::default() };
+        all_holds(&linked, &machine)?;
+        let cost = mean_ratio(&try_out(&linked, &machine)?.costs);
+        let native = processors == 1 && !words.is_empty();
+        assert_eq!(cost < 1.005, native, "{processors} {words}: {cost}");
+    }
+    Ok(())
+}
+
+/// A ROM that the guest passes over is no pass, although what is linked in would do.
+#[test]
+fn a_rom_of_another_revision_fails() -> Result<()> {
+    let rom = Some(Attachment::OptionRom(artifacts::ensure()?.native.clone()));
+    let result = try_out(&Subject { rom, client: Client::PointerTable }, &Machine::default())?;
+    let complaint = result.complaint().unwrap_or_default();
+    assert!(complaint.contains("passed the ROM over"), "{complaint}");
+    assert!(result.run.serial.contains("revision 3.0 at offset 12"), "{}", result.run.serial);
     Ok(())
 }

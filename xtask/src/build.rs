@@ -5,6 +5,7 @@
 //! same source is to give the same bytes everywhere.
 
 use crate::image::{self, Image};
+use crate::link;
 use crate::progress::Progress;
 use crate::toolchain::{Compiler, Findings, Linker, Need};
 use anyhow::{Context, Result, bail};
@@ -180,17 +181,22 @@ pub fn write_for_card(rom: &Rom, vendor: u16, device: u16) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// Builds the test guest.
+/// Builds the test guest, with the native calls of every revision linked in.
 ///
 /// # Errors
 ///
 /// It does not compile.
 pub fn guest(tools: &Tools) -> Result<PathBuf> {
     let path = guest_path();
+    let objects = [REVISION_3_0, REVISION_13_0, REVISION_13_3]
+        .into_iter()
+        .map(|revision| Ok(link::build(tools, revision)?.object))
+        .collect::<Result<Vec<PathBuf>>>()?;
     let progress = Progress::start(format!("building {}", shown(&path)));
     let _lock = lock()?;
     let mut cargo = inner_cargo(tools, "build");
     cargo.args(["--release", "--package", "vmi-guest"]);
+    cargo.env("VMI_LINK_OBJECTS", std::env::join_paths(&objects).context("a path with a colon")?);
     run(&mut cargo, &progress)?;
     write(&path, &read(&output_path("vmi-guest"))?)?;
     Ok(path)

@@ -97,6 +97,8 @@ pub struct Conformance {
     pub report: Report,
     /// One summary for each call of the client's revision, in the order of their numbers.
     pub calls: Vec<CallSummary>,
+    /// No ROM was added: the guest is to take what is linked into it.
+    wants_linked: bool,
     /// What the operations of a kernel cost; nothing on a machine whose time is not steady.
     pub costs: Vec<Cost>,
 }
@@ -187,7 +189,8 @@ pub fn check(
     let report = Report::parse(&run.serial);
     let calls = summaries(&report, subject.client.revision());
     let costs = if machine.steady_time { costs(&report) } else { Vec::new() };
-    Ok(Conformance { run, report, calls, costs })
+    let wants_linked = subject.rom.is_none();
+    Ok(Conformance { run, report, calls, wants_linked, costs })
 }
 
 impl Conformance {
@@ -199,6 +202,15 @@ impl Conformance {
         }
         if self.run.outcome != Outcome::Passed {
             return Some(self.run.outcome.to_string());
+        }
+        let found = self.report.rom.as_ref();
+        if found.is_some_and(|found| found.linked != self.wants_linked) {
+            return Some(match self.wants_linked {
+                true => "the guest found a ROM where none was to be".to_owned(),
+                false => {
+                    "the guest passed the ROM over, and took what is linked into it".to_owned()
+                }
+            });
         }
         let silent: Vec<&str> =
             self.calls.iter().filter(|call| call.verdict.is_none()).map(|call| call.name).collect();
@@ -261,7 +273,7 @@ mod tests {
     /// A log of the test guest's shape: every call in two modes, `line` may change the lines of each.
     pub(crate) fn log(line: impl Fn(u32, &str, String) -> String) -> String {
         let mut log = String::from(
-            "SeaBIOS (version 1.16)\r\nTAP version 14\n# rom base=0xca000 length=1536 revision=3.0 license=\"GPL v2\"\n",
+            "SeaBIOS (version 1.16)\r\nTAP version 14\n# rom base=0xca000 length=1536 revision=3.0 linked=false license=\"GPL v2\"\n",
         );
         let mut checks = 0;
         for mode in ["non-PAE", "PAE"] {
@@ -291,7 +303,7 @@ mod tests {
             command: String::new(),
         };
         let costs = costs(&report);
-        Conformance { run, report, calls, costs }
+        Conformance { run, report, calls, wants_linked: false, costs }
     }
 
     #[test]

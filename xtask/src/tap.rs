@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! TAP version 14
-//! # rom base=0xca000 length=1536 revision=3.0 license="GPL v2"
+//! # rom base=0xca000 length=1536 revision=3.0 linked=false license="GPL v2"
 //! ok 1 - description
 //! not ok 2 - description
 //!   ---
@@ -55,6 +55,8 @@ pub struct RomLine {
     pub length: u64,
     /// The revision that it serves.
     pub revision: String,
+    /// It is linked into the guest, and not the machine's.
+    pub linked: bool,
     /// Its licence.
     pub license: String,
 }
@@ -302,6 +304,7 @@ impl Reader {
                 base: integer(fields.get("base")?)?,
                 length: integer(fields.get("length")?)?,
                 revision: fields.get("revision")?.clone(),
+                linked: fields.get("linked")?.parse().ok()?,
                 license: fields.get("license")?.clone(),
             })
         };
@@ -393,7 +396,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const GOOD: &str = "SeaBIOS\nTAP version 14\n# rom base=0xca000 length=1536 revision=3.0 license=\"GPL v2\"\nok 1 - finds a ROM\n\
+    const GOOD: &str = "SeaBIOS\nTAP version 14\n# rom base=0xca000 length=1536 revision=3.0 linked=false license=\"GPL v2\"\nok 1 - finds a ROM\n\
         # call mode=non-PAE alias=direct number=29 name=EnableInterrupts answer=CALL_REL verdict=ok stack=4 instructions=2 checks=118\n\
         ok 2 - EnableInterrupts\n1..2\n# vmi-guest: all 2 checks hold\n";
 
@@ -407,6 +410,7 @@ mod tests {
                 base: 0xca000,
                 length: 1536,
                 revision: "3.0".into(),
+                linked: false,
                 license: "GPL v2".into()
             })
         );

@@ -9,7 +9,7 @@ use crate::boot::PAGE_OFFSET;
 use crate::client::Client;
 use crate::harness::{self, Context, Entry, FLAT, Outcome, Registers};
 use crate::paging::{self, ROM_AREA};
-use crate::{processor, site};
+use crate::{devices, processor, site};
 use core::mem::offset_of;
 use core::ops::Range;
 use vmi_abi::calls::SLOTS_13;
@@ -61,6 +61,22 @@ pub(crate) struct Rom {
     pub(crate) place: Place,
 }
 
+// One object for each revision; `xtask` makes them.
+unsafe extern "C" {
+    static vmi_native_rom: RomHeader;
+    static mut vmi_native_site_rule: u8;
+    static vmi_13_0_native_rom: RomHeader;
+    static vmi_13_3_native_rom: RomHeader;
+}
+
+/// Writes where the page tables say that nobody does.
+fn without_write_protection(write: impl FnOnce()) {
+    let cr0 = processor::cr0();
+    processor::set_cr0(cr0 & !(Cr0::CR0_WRITE_PROTECT.bits() as u32));
+    write();
+    processor::set_cr0(cr0);
+}
+
 /// The bytes of the option-ROM area from a physical address to the area's end.
 fn area(physical: u32) -> &'static [u8] {
     let length = (ROM_AREA.end - physical) as usize;
@@ -83,6 +99,36 @@ impl Rom {
             }
         }
         None
+    }
+
+    /// The native backend that is linked in, for machines without a ROM.
+    pub(crate) fn linked(client: Client) -> Self {
+        let image = match client {
+            Client::Lookup => &raw const vmi_native_rom,
+            Client::CopiedSlots => &raw const vmi_13_0_native_rom,
+            Client::PointerTable => &raw const vmi_13_3_native_rom,
+        };
+        let base = image as u32;
+        // SAFETY: the objects begin with the header of an image.
+        let length = u32::from(unsafe { (*image).rom_length }) * LENGTH_UNIT as u32;
+        Self { client, physical: base - PAGE_OFFSET, base, length, place: Place::Direct }
+    }
+
+    /// Lets what is linked in rewrite call sites, as far as the machine allows; a kernel decides that for
+    /// itself. No ROM of the machine's is touched, and only Linux's client has such calls.
+    pub(crate) fn allow_rewriting(&self) {
+        if !self.is_linked() || self.client != Client::Lookup {
+            return;
+        }
+        // SAFETY: the byte is part of an instruction that nobody executes now, and no other processor runs.
+        without_write_protection(|| unsafe {
+            (&raw mut vmi_native_site_rule).write_volatile(devices::site_rule() as u8);
+        });
+    }
+
+    /// Whether it is linked in.
+    pub(crate) fn is_linked(&self) -> bool {
+        !ROM_AREA.contains(&self.physical)
     }
 
     /// The image's bytes where they were found.
@@ -109,9 +155,8 @@ impl Rom {
         match place {
             Place::Direct => Some(Self { base: PAGE_OFFSET + self.physical, place, ..self }),
             Place::Alias => {
-                let offset = self.physical.checked_sub(ROM_AREA.start)?;
-                let base = paging::ALIAS + offset;
-                ROM_AREA.contains(&self.physical).then_some(Self { base, place, ..self })
+                let alias = |offset| Self { base: paging::ALIAS + offset, place, ..self };
+                (!self.is_linked()).then(|| alias(self.physical - ROM_AREA.start))
             }
             // Who has a table of pointers into the image does not copy it.
             Place::Patched if self.client != Client::CopiedSlots => None,
@@ -150,16 +195,14 @@ impl Rom {
         }
     }
 
-    /// Writes into a copy. It is mapped read-only, as the ROM's storage is, so write protection is off
-    /// for the moment.
+    /// Writes into a copy, which is mapped read-only, as the ROM's storage is.
     fn write(&self, offset: usize, bytes: &[u8]) {
         assert!(offset + bytes.len() <= paging::ROM_COPY_SIZE);
         let to = (&raw mut paging::ROM_COPY).cast::<u8>();
-        let cr0 = processor::cr0();
-        processor::set_cr0(cr0 & !(Cr0::CR0_WRITE_PROTECT.bits() as u32));
         // SAFETY: inside the copy, and executed by nobody now.
-        unsafe { core::ptr::copy_nonoverlapping(bytes.as_ptr(), to.add(offset), bytes.len()) };
-        processor::set_cr0(cr0);
+        without_write_protection(|| unsafe {
+            core::ptr::copy_nonoverlapping(bytes.as_ptr(), to.add(offset), bytes.len());
+        });
     }
 
     /// Where the image's code may be.

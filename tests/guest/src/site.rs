@@ -316,7 +316,9 @@ impl Area {
     /// An empty one; there is only one at a time.
     pub(crate) fn new() -> Self {
         const CODE: u32 = PAGE;
-        const POINTERS: u32 = PAGE - 256;
+        // Below a page's last 256 bytes: an address with a byte FFh in it could be another call's
+        // opcode, and a ROM leaves the site alone.
+        const POINTERS: u32 = PAGE - 512;
         Self { code: frames() + CODE, pointer: frames() + POINTERS }
     }
 

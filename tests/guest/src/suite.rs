@@ -106,14 +106,9 @@ pub(crate) extern "C" fn main() -> ! {
     }
 }
 
-/// The ROM that the guest runs on.
+/// The machine's ROM, or else what is linked into the guest.
 fn find(client: Client, passed_over: impl FnMut(u32, Refusal)) -> Rom {
-    Rom::find(client, passed_over).unwrap_or_else(|| {
-        let Revision { major, minor } = client.revision();
-        report::abandon(format_args!(
-            "no VMI ROM of revision {major}.{minor} between C0000h and DFFFFh"
-        ))
-    })
+    Rom::find(client, passed_over).unwrap_or_else(|| Rom::linked(client))
 }
 
 fn first_start(client: Client) -> ! {
@@ -127,9 +122,10 @@ fn first_start(client: Client) -> ! {
     let name = license(rom.bytes()).and_then(|text| core::str::from_utf8(text).ok()).unwrap_or("?");
     let Revision { major, minor } = rom.revision();
     line!(
-        "# rom base={:#x} length={} revision={major}.{minor} license=\"{name}\"",
+        "# rom base={:#x} length={} revision={major}.{minor} linked={} license=\"{name}\"",
         rom.physical,
-        rom.length
+        rom.length,
+        rom.is_linked()
     );
     report.check(
         format_args!("the image's bytes add up to 0"),
@@ -138,6 +134,9 @@ fn first_start(client: Client) -> ! {
             _ => Err(format_args!("the sum of all bytes is not 0 modulo 256")),
         },
     );
+    if command_line::has("rewrite-sites") {
+        rom.allow_rewriting();
+    }
     let fingerprint = fingerprint(rom.bytes());
     for (index, mode) in MODES.into_iter().enumerate() {
         if mode == Mode::Pae && !paging::has_pae() {
