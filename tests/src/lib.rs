@@ -1,15 +1,18 @@
 //! What the image and guest tests share: the built files, and ways to break them.
 //!
 //! The tests themselves are in `tests/`: `image.rs` looks at bytes, `guest.rs` runs machines,
-//! `mutants.rs` breaks one call after the other and demands that the guest names it.
+//! `mutants.rs` and `mutants_13.rs` break one call after the other and demand that the guest names it.
 
 use anyhow::{Context, Result, ensure};
 use iced_x86::code_asm::CodeAssembler;
 use object::{Object, ObjectSymbol};
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
 use vmi_abi::header::LENGTH_UNIT;
 use vmi_abi::{CallNumber, RelocationInfo, RelocationType};
 use vmi_native_backend::binding::SiteRule;
+use xtask::conformance::Conformance;
 use xtask::image;
 
 /// An image that can be taken apart: its bytes, and where its relocation table is.
@@ -144,4 +147,73 @@ impl Specimen {
         let size = (bytes.len() + 1).next_multiple_of(LENGTH_UNIT);
         Ok(image::finish(&bytes, size)?)
     }
+}
+
+/// Tries all mutants, on all of the host's processors.
+///
+/// # Errors
+///
+/// Some were missed; which, and why.
+pub fn all_are_caught<T: Sync>(
+    mutants: &[T],
+    name: impl Fn(&T) -> String + Sync,
+    is_caught: impl Fn(&T) -> Result<()> + Sync,
+) -> Result<()> {
+    let next = AtomicUsize::new(0);
+    let work = || -> Vec<String> {
+        let mut missed = Vec::new();
+        while let Some(mutant) = mutants.get(next.fetch_add(1, Ordering::Relaxed)) {
+            match is_caught(mutant) {
+                Ok(()) => println!("caught: {}", name(mutant)),
+                Err(error) => missed.push(format!("{}: {error:#}", name(mutant))),
+            }
+        }
+        missed
+    };
+    let threads = thread::available_parallelism().map_or(1, usize::from);
+    let missed = thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
+        let join = |worker: thread::ScopedJoinHandle<'_, Vec<String>>| {
+            worker.join().unwrap_or_else(|_| vec!["a worker panicked".to_owned()])
+        };
+        workers.into_iter().flat_map(join).collect::<Vec<_>>()
+    });
+    let (found, all) = (missed.len(), mutants.len());
+    ensure!(missed.is_empty(), "{found} of {all} mutants missed:\n{}", missed.join("\n"));
+    println!("{all} mutants caught");
+    Ok(())
+}
+
+/// Whether the guest failed a ROM with one broken call, named the call, said these words, and blamed no other.
+///
+/// # Errors
+///
+/// It did not; what it said instead.
+pub fn names_the_fault(result: &Conformance, name: &str, words: &str) -> Result<()> {
+    let complaint = result.complaint().context("the guest passes it")?;
+
+    // A call that takes the guest down with it is named by the last line before its end.
+    let last = result.run.serial.lines().rev().find(|line| line.starts_with("# begin"));
+    let mut said: Vec<String> = result
+        .report
+        .failures()
+        .map(|check| format!("{} {:?}", check.description, check.details))
+        .collect();
+    if result.report.plan.is_none() {
+        said.extend(last.map(str::to_owned));
+    }
+    let names_call = |text: &String| {
+        [format!(" {name} "), format!("={name}")]
+            .iter()
+            .any(|form| format!("{text} ").contains(form))
+    };
+    ensure!(said.iter().any(names_call), "the call is not named: {complaint}: {said:#?}");
+    ensure!(said.iter().any(|text| text.contains(words)), "`{words}` is not said: {said:#?}");
+    // Nobody else is blamed, but for get_reloc itself where it answered what does not exist.
+    let others: Vec<&String> = said
+        .iter()
+        .filter(|text| !names_call(text) && !text.contains("vmi_init and get_reloc"))
+        .collect();
+    ensure!(others.is_empty(), "other calls are blamed: {others:#?}");
+    Ok(())
 }

@@ -9,10 +9,9 @@ use anyhow::{Context, Result, ensure};
 use iced_x86::IcedError;
 use iced_x86::code_asm::registers::gpr32::*;
 use iced_x86::code_asm::*;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use vmi_abi::{Answers, CALLS_3_0, CallNumber, RelocationType, number};
-use vmi_tests::Specimen;
+use vmi_tests::{Specimen, all_are_caught, names_the_fault};
 use xtask::artifacts;
 use xtask::conformance::{self, Subject};
 use xtask::qemu::Machine;
@@ -503,36 +502,13 @@ fn the_guest_names_every_broken_call() -> Result<()> {
     let call = Specimen::read(&built.call, &built.call_elf)?;
     let fastest = Specimen::read(&built.fastest, &built.fastest_elf)?;
     let folder = tempfile::tempdir()?;
-    let next = AtomicUsize::new(0);
-    let missed = std::thread::scope(|scope| {
-        let work = || -> Vec<String> {
-            let mut missed = Vec::new();
-            while let Some(mutant) = MUTANTS.get(next.fetch_add(1, Ordering::Relaxed)) {
-                let specimen = if mutant.fastest { &fastest } else { &call };
-                let name = mutant.call.call().map_or("?", |call| call.name);
-                match caught(built, specimen, mutant, folder.path()) {
-                    Ok(()) => println!("caught: {name} {}", mutant.fault),
-                    Err(error) => missed.push(format!("{name} {}: {error:#}", mutant.fault)),
-                }
-            }
-            missed
-        };
-        let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
-        workers
-            .into_iter()
-            .flat_map(|worker| worker.join().expect("a worker panicked"))
-            .collect::<Vec<_>>()
-    });
-    assert!(
-        missed.is_empty(),
-        "{} of {} mutants missed:\n{}",
-        missed.len(),
-        MUTANTS.len(),
-        missed.join("\n")
-    );
-    println!("{} mutants caught", MUTANTS.len());
-    Ok(())
+    let name = |mutant: &Mutant| {
+        format!("{} {}", mutant.call.call().map_or("?", |call| call.name), mutant.fault)
+    };
+    all_are_caught(MUTANTS, name, |mutant| {
+        let specimen = if mutant.fastest { &fastest } else { &call };
+        caught(built, specimen, mutant, folder.path())
+    })
 }
 
 /// A fault in the code that rewrites call sites.
@@ -661,32 +637,5 @@ fn caught(
     let machine = Machine { limit: Duration::from_secs(20), ..Machine::default() };
     let subject = Subject::option_rom(&rom)?;
     let result = conformance::check(&built.emulator, &built.guest, &subject, &machine, |_| ())?;
-    let complaint = result.complaint().context("the guest passes it")?;
-
-    // A call that takes the guest down with it is named by the last line before its end.
-    let last = result.run.serial.lines().rev().find(|line| line.starts_with("# begin"));
-    let mut said: Vec<String> = result
-        .report
-        .failures()
-        .map(|check| format!("{} {:?}", check.description, check.details))
-        .collect();
-    if result.report.plan.is_none() {
-        said.extend(last.map(str::to_owned));
-    }
-    let names_call = |text: &String| {
-        text.contains(&format!(" {}", call.name)) || text.contains(&format!("={}", call.name))
-    };
-    ensure!(said.iter().any(names_call), "the call is not named: {complaint}: {said:#?}");
-    ensure!(
-        said.iter().any(|text| text.contains(mutant.complaint)),
-        "`{}` is not said: {said:#?}",
-        mutant.complaint
-    );
-    // Nobody else is blamed, but for get_reloc itself where it answered what does not exist.
-    let others: Vec<&String> = said
-        .iter()
-        .filter(|text| !names_call(text) && !text.contains("vmi_init and get_reloc"))
-        .collect();
-    ensure!(others.is_empty(), "other calls are blamed: {others:#?}");
-    Ok(())
+    names_the_fault(&result, call.name, mutant.complaint)
 }
