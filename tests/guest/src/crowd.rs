@@ -315,7 +315,9 @@ pub(crate) fn run(space: Space, rom: Rom, problems: &mut Problems) -> Result<u32
         return Err("the ROM rewrites no sites");
     }
     let expected = match devices::processors() {
-        Some(processors) if processors > 1 => processors.min(CROWD as u32) - 1,
+        // All that there are would start, and come for a stack.
+        Some(processors) if processors > CROWD as u32 => return Err("too many processors"),
+        Some(processors) if processors > 1 => processors - 1,
         _ => return Err("one processor, or nobody knows how many"),
     };
     let apic = LocalApic::map(space).ok_or("no local APIC")?;

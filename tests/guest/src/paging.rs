@@ -373,11 +373,12 @@ impl LocalApic {
     pub(crate) fn map(space: Space) -> Option<Self> {
         const DISABLE_CACHE: u64 = 1 << 4;
         const ENABLED: u64 = 1 << 11;
+        const NOT_IN_MEMORY: u64 = 1 << 10; // x2APIC
         if processor::cpuid(1, 0)[3] & 1 << 9 == 0 {
             return None;
         }
         let base = processor::rdmsr(x86::msr::IA32_APIC_BASE);
-        if base & ENABLED == 0 {
+        if base & (ENABLED | NOT_IN_MEMORY) != ENABLED {
             return None;
         }
         let linear = TEST_AREA + PAGE;
@@ -406,8 +407,13 @@ impl LocalApic {
     pub(crate) fn start_others(self, page: u32) {
         const INIT: u32 = 0x500;
         const STARTUP: u32 = 0x600;
+        // Hardware wants 10 milliseconds after the first message, and the second one twice.
         self.send(INIT);
-        self.send(STARTUP | page);
+        crate::devices::wait(10_000);
+        for _ in 0..2 {
+            self.send(STARTUP | page);
+            crate::devices::wait(200);
+        }
     }
 
     /// Sends a non-maskable interrupt to all other processors.

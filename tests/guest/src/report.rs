@@ -1,6 +1,6 @@
 //! Results as TAP (version 14) on the serial port, and the verdict.
 
-use crate::console::line;
+use crate::console::{line, screen_line};
 use crate::devices;
 use core::fmt;
 
@@ -73,13 +73,21 @@ impl Report {
         } else {
             line!("# vmi-guest: {} of {} checks fail", self.failures, self.points);
         }
+        screen_line!("{}", if self.is_clean() { PASSES } else { FAILS });
         devices::exit(self.is_clean())
     }
 }
 
+/// What the screen says at the end, to whoever sits before it.
+const PASSES: &str = "\nPASSED: the ROM keeps its contract. You can switch the machine off.";
+const FAILS: &str =
+    "\nFAILED: the ROM breaks rules. The lines `not ok` say which; the serial port has them all.";
+const STOPPED: &str = "\nNO VERDICT: the test could not go on. You can switch the machine off.";
+
 /// Ends the machine when the guest cannot go on.
 pub(crate) fn abandon(reason: fmt::Arguments<'_>) -> ! {
     line!("Bail out! {reason}");
+    screen_line!("{STOPPED}");
     devices::exit(false)
 }
 

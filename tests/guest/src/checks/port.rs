@@ -1,4 +1,4 @@
-//! Port input and output, on a device that every machine here has: the serial port itself.
+//! Port input and output, on a device that nearly every machine has: the serial port itself.
 //!
 //! Its scratch register keeps a byte, and in loopback mode it receives what it sends. Wider accesses
 //! reach it byte by byte on consecutive ports, as on the ISA bus.
@@ -10,7 +10,7 @@
 )]
 
 use crate::console::{
-    COM1, DATA_READY, LINE_STATUS, LOOPBACK, MODEM_CONTROL, READY, SCRATCH, drain,
+    COM1, DATA_READY, LINE_STATUS, LOOPBACK, MODEM_CONTROL, READY, SCRATCH, drain, has_port,
 };
 use crate::processor::{inb, outb};
 use crate::session::{Arguments, Session};
@@ -31,7 +31,18 @@ fn value(size: u32, byte: u8) -> u32 {
     value
 }
 
+/// Whether there is nothing to try it on.
+fn lacks_port(s: &mut Session) -> bool {
+    if !has_port() {
+        s.skipped = Some("there is no serial port to try it on");
+    }
+    !has_port()
+}
+
 fn input(s: &mut Session, size: u32) {
+    if lacks_port(s) {
+        return;
+    }
     s.each(|s| {
         for byte in [s.random() as u8, 0x00, 0xff] {
             outb(COM1 + SCRATCH, byte);
@@ -53,6 +64,9 @@ fn input(s: &mut Session, size: u32) {
 }
 
 fn output(s: &mut Session, size: u32) {
+    if lacks_port(s) {
+        return;
+    }
     s.each(|s| {
         for byte in [s.random() as u8, 0x00, 0xff] {
             // Bits of EAX above the access do not count.
@@ -88,6 +102,9 @@ fn set_byte(index: u32, value: u8) {
 const UNTOUCHED: u8 = 0xa5;
 
 fn string_input(s: &mut Session, size: u32) {
+    if lacks_port(s) {
+        return;
+    }
     s.each(|s| {
         for count in [COUNT, 1, 0] {
             (0..BUFFER as u32).for_each(|index| set_byte(index, UNTOUCHED));
@@ -116,6 +133,9 @@ fn string_input(s: &mut Session, size: u32) {
 }
 
 fn string_output(s: &mut Session, size: u32) {
+    if lacks_port(s) {
+        return;
+    }
     s.each(|s| {
         for count in [COUNT, 1] {
             for item in 0..count {
@@ -151,6 +171,9 @@ pub(crate) fn INSL(s: &mut Session) {
 
 pub(crate) fn INSB(s: &mut Session) {
     string_input(s, 1);
+    if lacks_port(s) {
+        return;
+    }
     s.each(|s| {
         with_loopback(|| {
             (1..=COUNT).for_each(|item| outb(COM1, item as u8));
@@ -188,6 +211,9 @@ pub(crate) fn OUTSL(s: &mut Session) {
 
 pub(crate) fn OUTSB(s: &mut Session) {
     string_output(s, 1);
+    if lacks_port(s) {
+        return;
+    }
     s.each(|s| {
         (0..COUNT).for_each(|item| set_byte(item, item as u8 + 1));
         let mut received = [0; COUNT as usize];
