@@ -329,6 +329,17 @@ fn attempts(facts: &Facts, compilers: &[[String; 4]]) -> Vec<Vec<String>> {
                     "binutils-x86-64-linux-gnu".into()
                 });
             }
+            if needs(Need::Gcc) {
+                let names = if facts.is_x86 {
+                    ["gcc", "g++"]
+                } else {
+                    ["gcc-x86-64-linux-gnu", "g++-x86-64-linux-gnu"]
+                };
+                arguments.extend(names.map(str::to_owned));
+            }
+            if needs(Need::Clang) {
+                arguments.push("clang".into());
+            }
             attempts.push(arguments);
         }
     }
@@ -383,6 +394,18 @@ fn by_hand(facts: &Facts, reason: &str) -> Plan {
             (Need::Emulator, Family::Mac) => packages.push("qemu"),
             (Need::Emulator, Family::Suse) => packages.push("qemu-x86"),
             (Need::Emulator, _) => packages.push("qemu-system-x86"),
+            (Need::Gcc, Family::Mac) => packages.push("x86_64-elf-gcc"),
+            (Need::Gcc, Family::Debian) if !facts.is_x86 => {
+                packages.extend(["gcc-x86-64-linux-gnu", "g++-x86-64-linux-gnu"])
+            }
+            (Need::Gcc, Family::Fedora) if !facts.is_x86 => {
+                packages.extend(["gcc-x86_64-linux-gnu", "gcc-c++-x86_64-linux-gnu"])
+            }
+            (Need::Gcc, Family::Debian | Family::Other) => packages.extend(["gcc", "g++"]),
+            (Need::Gcc, Family::Fedora | Family::Suse) => packages.extend(["gcc", "gcc-c++"]),
+            (Need::Gcc, Family::Arch) => packages.push("gcc"),
+            (Need::Clang, Family::Mac) => packages.push("llvm"),
+            (Need::Clang, _) => packages.push("clang"),
         }
     }
     if facts.family == Family::Debian {
@@ -660,9 +683,31 @@ mod tests {
     }
 
     #[test]
-    fn another_processor_needs_a_cross_linker() {
-        let facts = Facts { is_x86: false, ..facts(&[Need::Linker], archive(WEB)) };
-        assert_eq!(lines(&plan(&facts)), ["binutils-x86-64-linux-gnu"]);
+    fn another_processor_needs_a_cross_linker_and_a_cross_compiler() {
+        let needs = [Need::Linker, Need::Gcc, Need::Clang];
+        let facts = Facts { is_x86: false, ..facts(&needs, archive(WEB)) };
+        assert_eq!(
+            lines(&plan(&facts)),
+            ["binutils-x86-64-linux-gnu gcc-x86-64-linux-gnu g++-x86-64-linux-gnu clang"]
+        );
+    }
+
+    #[test]
+    fn every_family_has_names_for_the_compilers_of_c() {
+        let needs = [Need::Gcc, Need::Clang];
+        assert_eq!(lines(&plan(&facts(&needs, archive(WEB)))), ["gcc g++ clang"]);
+        for (family, wanted) in [
+            (Family::Fedora, "sudo dnf install gcc gcc-c++ clang"),
+            (Family::Arch, "sudo pacman -S --needed gcc clang"),
+            (Family::Suse, "sudo zypper install gcc gcc-c++ clang"),
+            (Family::Mac, "brew install x86_64-elf-gcc llvm"),
+            (Family::Other, "(with your system's package manager) install gcc g++ clang"),
+        ] {
+            match plan(&Facts { family, ..facts(&needs, Archive::default()) }) {
+                Plan::ByHand { commands, .. } => assert_eq!(commands, [wanted]),
+                other => panic!("{other:?}"),
+            }
+        }
     }
 
     #[test]

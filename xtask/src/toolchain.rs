@@ -1,4 +1,5 @@
-//! Finds what a build and a run need: a compiler with its library's source, GNU ld, QEMU.
+//! Finds what a build, a run and the tests need: a compiler with its library's source, GNU ld, QEMU, and
+//! compilers for C and C++.
 //!
 //! Nothing is downloaded here, and nothing installed: [`crate::verbs::setup`] does that. rustup in
 //! particular is asked only for the names of its toolchains, whose programs are then called by
@@ -7,7 +8,7 @@
 use std::ffi::OsString;
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 /// The oldest compiler that builds the image: naked functions and `unsafe` attributes.
 pub const OLDEST: Version = Version { major: 1, minor: 90, patch: 0 };
@@ -160,6 +161,45 @@ impl fmt::Display for Emulator {
     }
 }
 
+/// A pair of compilers, for C and for C++, that compile for the bare 32-bit machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CCompilers {
+    /// The compiler for C.
+    pub c: PathBuf,
+    /// The compiler for C++.
+    pub cxx: PathBuf,
+    /// What makes them compile for 32-bit x86.
+    pub target: &'static str,
+    /// The first line that the one for C says about itself.
+    pub version: String,
+}
+
+impl CCompilers {
+    /// A compiler of C for a machine without a library; the caller says what.
+    #[must_use]
+    pub fn c(&self) -> Command {
+        self.command(&self.c)
+    }
+
+    /// The same of C++.
+    #[must_use]
+    pub fn cxx(&self) -> Command {
+        self.command(&self.cxx)
+    }
+
+    fn command(&self, program: &Path) -> Command {
+        let mut command = Command::new(program);
+        command.args([self.target, "-ffreestanding"]);
+        command
+    }
+}
+
+impl fmt::Display for CCompilers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({}, {})", self.version, self.c.display(), self.cxx.display())
+    }
+}
+
 /// Everything that was found.
 #[derive(Clone, Debug)]
 pub struct Findings {
@@ -169,6 +209,10 @@ pub struct Findings {
     pub linker: Result<Linker, String>,
     /// The emulator, or why there is none.
     pub emulator: Result<Emulator, String>,
+    /// GCC, or why there is none.
+    pub gcc: Result<CCompilers, String>,
+    /// Clang, or why there is none.
+    pub clang: Result<CCompilers, String>,
 }
 
 /// Something that the work at hand needs.
@@ -180,6 +224,10 @@ pub enum Need {
     Linker,
     /// QEMU for 32-bit x86.
     Emulator,
+    /// GCC for C and C++.
+    Gcc,
+    /// Clang for C and C++.
+    Clang,
 }
 
 impl Need {
@@ -187,6 +235,11 @@ impl Need {
     pub const BUILD: &'static [Self] = &[Self::Compiler, Self::Linker];
     /// What a run needs.
     pub const RUN: &'static [Self] = &[Self::Compiler, Self::Linker, Self::Emulator];
+    /// What the example kernels need.
+    pub const EXAMPLES: &'static [Self] = &[Self::Compiler, Self::Linker, Self::Gcc];
+    /// What the tests need: everything.
+    pub const TEST: &'static [Self] =
+        &[Self::Compiler, Self::Linker, Self::Emulator, Self::Gcc, Self::Clang];
 }
 
 impl fmt::Display for Need {
@@ -197,6 +250,8 @@ impl fmt::Display for Need {
             }
             Self::Linker => write!(f, "GNU ld with the emulation elf_i386"),
             Self::Emulator => write!(f, "qemu-system-i386 or qemu-system-x86_64"),
+            Self::Gcc => write!(f, "gcc and g++ for 32-bit x86"),
+            Self::Clang => write!(f, "clang and clang++ for 32-bit x86"),
         }
     }
 }
@@ -205,7 +260,13 @@ impl Findings {
     /// Looks at this machine.
     #[must_use]
     pub fn gather() -> Self {
-        Self { compilers: compilers(), linker: linker(), emulator: emulator() }
+        Self {
+            compilers: compilers(),
+            linker: linker(),
+            emulator: emulator(),
+            gcc: gcc(),
+            clang: clang(),
+        }
     }
 
     /// The compiler to use.
@@ -221,6 +282,8 @@ impl Findings {
             Need::Compiler => self.compiler().is_some(),
             Need::Linker => self.linker.is_ok(),
             Need::Emulator => self.emulator.is_ok(),
+            Need::Gcc => self.gcc.is_ok(),
+            Need::Clang => self.clang.is_ok(),
         };
         needs.iter().filter(|need| !is_there(need)).copied().collect()
     }
@@ -361,6 +424,41 @@ fn emulator() -> Result<Emulator, String> {
     } else {
         Err(refused.join("; "))
     }
+}
+
+/// GCC, the system's own or one for 32-bit x86 beside it.
+fn gcc() -> Result<CCompilers, String> {
+    let mut refused = Vec::new();
+    for prefix in ["", "i686-linux-gnu-", "x86_64-linux-gnu-", "i686-elf-", "x86_64-elf-"] {
+        match c_compilers(&format!("{prefix}gcc"), &format!("{prefix}g++"), "-m32") {
+            // On some systems the name is an alias.
+            Ok(found) if found.version.contains("clang") => {
+                refused.push(format!("{} is clang", found.c.display()));
+            }
+            Ok(found) => return Ok(found),
+            Err(error) => refused.push(error),
+        }
+    }
+    Err(refused.swap_remove(0))
+}
+
+/// Clang, which compiles for every machine that it was built for.
+fn clang() -> Result<CCompilers, String> {
+    c_compilers("clang", "clang++", "--target=i686-unknown-none-elf")
+}
+
+/// Two compilers, if both of them compile.
+fn c_compilers(c: &str, cxx: &str, target: &'static str) -> Result<CCompilers, String> {
+    let find = |name| find_program(name).ok_or_else(|| format!("no {name} on PATH"));
+    let (c, cxx) = (find(c)?, find(cxx)?);
+    let said = output(Command::new(&c).arg("--version"))?;
+    let version = said.lines().next().unwrap_or_default().trim().to_owned();
+    let found = CCompilers { c, cxx, target, version };
+    for (mut command, language) in [(found.c(), "c"), (found.cxx(), "c++")] {
+        command.args(["-x", language, "-c", "-o", "/dev/null", "-"]).stdin(Stdio::null());
+        output(&mut command)?;
+    }
+    Ok(found)
 }
 
 /// The first executable of this name on `PATH`.

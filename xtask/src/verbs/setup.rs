@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::io::IsTerminal;
 use std::process::{Command, ExitCode, Stdio};
 
-/// Finds the compiler, the linker and QEMU, and installs what is missing.
+/// Finds the compilers, the linker and QEMU, and installs what is missing.
 ///
 /// On Debian and Ubuntu, as root or with sudo, it installs packages; elsewhere it prints the
 /// commands. It removes no package, edits no package source and lets rustup download nothing.
@@ -35,7 +35,7 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<ExitCode> {
     let findings = Findings::gather();
     anstream::print!("{}", table(&findings));
-    let missing = findings.missing(Need::RUN);
+    let missing = findings.missing(Need::TEST);
     if missing.is_empty() {
         anstream::println!("nothing is missing");
         return Ok(ExitCode::SUCCESS);
@@ -47,7 +47,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     }
     install(&findings, missing, args.dry_run)?;
     if !args.dry_run {
-        anstream::print!("{}", table(&confirmed(Need::RUN)?));
+        anstream::print!("{}", table(&confirmed(Need::TEST)?));
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -108,6 +108,8 @@ fn table(findings: &Findings) -> String {
     };
     single("linker", findings.linker.as_ref().map(ToString::to_string).map_err(Clone::clone));
     single("emulator", findings.emulator.as_ref().map(ToString::to_string).map_err(Clone::clone));
+    single("gcc", findings.gcc.as_ref().map(ToString::to_string).map_err(Clone::clone));
+    single("clang", findings.clang.as_ref().map(ToString::to_string).map_err(Clone::clone));
     table.render()
 }
 
@@ -278,6 +280,9 @@ fn archive() -> Archive {
         "rust-src",
         "rust-clippy",
         "binutils",
+        "gcc",
+        "g++",
+        "clang",
         "qemu-system-x86",
         "qemu-utils",
     ]

@@ -37,7 +37,7 @@ impl Totals {
 ///
 /// Something that the tests need is missing, or Cargo does not start.
 pub fn run(args: &Args) -> Result<ExitCode> {
-    let findings = super::setup::provide(Need::RUN)?;
+    let findings = super::setup::provide(Need::TEST)?;
     let mut totals = Totals::default();
     if args.filter.is_none() {
         formatting(&mut totals)?;
