@@ -6,6 +6,7 @@
 //! - [`build`]: compiles and links image and guest,
 //! - [`image`]: makes the finished image from the linked file, or refuses,
 //! - [`link`]: the form that a kernel links,
+//! - [`c_header`]: the interface for C,
 //! - [`artifacts`]: what a build leaves behind, built once,
 //! - [`qemu`]: one run of a machine,
 //! - [`tap`]: what the test guest reports,
@@ -16,6 +17,7 @@
 
 pub mod artifacts;
 pub mod build;
+pub mod c_header;
 pub mod conformance;
 pub mod image;
 pub mod inspect;

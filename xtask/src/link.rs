@@ -5,6 +5,7 @@
 //! linker takes it as it takes any other object of i386, and the kernel has a ROM that is always there.
 
 use crate::build::{self, Form, Rom, Tools, read, shown, write};
+use crate::c_header;
 use anyhow::{Context, Result, bail};
 use ar_archive_writer::{
     ArchiveKind, DEFAULT_OBJECT_READER, NewArchiveMember, write_archive_to_stream,
@@ -27,6 +28,8 @@ pub struct Link {
     pub object: PathBuf,
     /// The library with the object.
     pub archive: PathBuf,
+    /// The interface for C.
+    pub header: PathBuf,
     /// How many symbols each of them defines.
     pub symbols: usize,
 }
@@ -67,7 +70,9 @@ pub fn build(tools: &Tools, revision: Revision) -> Result<Link> {
     let bytes = contents(&rom.image.bytes, &places)?;
     write(&archive, &library(&format!("{stem}.o"), &bytes)?)?;
     write(&object, &bytes)?;
-    Ok(Link { rom, object, archive, symbols: places.len() })
+    let header = folder.join(c_header::NAME);
+    write(&header, c_header::text().as_bytes())?;
+    Ok(Link { rom, object, archive, header, symbols: places.len() })
 }
 
 /// What the symbols of a revision's object begin with.
@@ -128,7 +133,7 @@ fn places(rom: &Rom) -> Result<Vec<Place>> {
             places.push(Place {
                 name: format!("{prefix}_site_rule"),
                 offset: symbol.address(),
-                size: 1,
+                size: 2, // Behind it is the byte that keeps the image's sum.
                 kind: SymbolKind::Data,
             });
         } else if name.strip_prefix(&prefix).is_some_and(|rest| rest.starts_with('_')) {

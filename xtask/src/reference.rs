@@ -109,7 +109,7 @@ fn row(page: &mut String, cells: &[impl AsRef<str>]) {
 }
 
 /// What the call does, and how it ends if not by returning.
-fn summary(call: &Call) -> String {
+pub(crate) fn summary(call: &Call) -> String {
     let ending = match call.contract.ending {
         Ending::Returns => "",
         Ending::Transfers => " Does not return to its caller.",
@@ -118,7 +118,7 @@ fn summary(call: &Call) -> String {
     format!("{}{ending}", call.summary)
 }
 
-fn arguments(arguments: &[Argument]) -> String {
+pub(crate) fn arguments(arguments: &[Argument]) -> String {
     // Words on the stack lie above the return address, in the order of the list.
     let mut offset = 4;
     let named: Vec<String> = arguments
@@ -148,7 +148,7 @@ fn arguments(arguments: &[Argument]) -> String {
     or_dash(named.join(", "))
 }
 
-fn registers(set: Registers) -> String {
+pub(crate) fn registers(set: Registers) -> String {
     let parts = [
         (Registers::EAX, "EAX"),
         (Registers::ECX, "ECX"),
