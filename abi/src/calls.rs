@@ -21,7 +21,9 @@ pub struct CallNumber(pub u32);
 ///
 /// Two groups of rows: `revision_3_0` in the order of its numbers, each `Name = number => contract`
 /// below its summary, and `only_13` with the calls that 3.0 no longer has, `Name => contract`.
-/// A contract is an expression that needs this module's imports; most callers skip it.
+/// A contract is an expression that needs this module's imports; most callers skip it. Its fields stand in
+/// the order of [`Contract`]'s, and arguments and sets of registers show their names, so that a macro can
+/// read them: `vmi` makes functions of the rows.
 #[macro_export]
 macro_rules! for_each_call {
     ($then:ident) => {
@@ -30,22 +32,22 @@ macro_rules! for_each_call {
                 /// Executes CPUID; features that the ROM cannot serve are masked.
                 CPUID = 0 => Contract {
                     slot: Slot::new(5),
-                    arguments: &[arg("leaf", Place::Eax), arg("subleaf", Place::Ecx)],
-                    results: Registers::EAX.union(Registers::EBX).union(Registers::ECX).union(Registers::EDX),
+                    arguments: args![leaf: Eax, subleaf: Ecx],
+                    results: Registers::CPUID,
                     clobbers: Registers::FLAGS,
                     ..Contract::STANDARD
                 }
                 /// Writes a model-specific register.
                 WRMSR = 1 => Contract {
                     slot: Slot::new(6),
-                    arguments: &[arg("value", Place::EdxEax), arg("index", Place::Ecx)],
+                    arguments: args![value: EdxEax, index: Ecx],
                     site: Site::Unused,
                     ..Contract::STANDARD
                 }
                 /// Reads a model-specific register.
                 RDMSR = 2 => Contract {
                     slot: Slot::new(7),
-                    arguments: &[arg("index", Place::Ecx)],
+                    arguments: args![index: Ecx],
                     results: Registers::EDX_EAX,
                     site: Site::Unused,
                     ..Contract::STANDARD
@@ -53,31 +55,31 @@ macro_rules! for_each_call {
                 /// Loads the global descriptor table register.
                 SetGDT = 3 => Contract {
                     slot: Slot::new(8),
-                    arguments: &[arg("table", Place::Eax)],
+                    arguments: args![table: Eax],
                     ..Contract::STANDARD
                 }
                 /// Loads the local descriptor table register.
                 SetLDT = 4 => Contract {
                     slot: Slot::new(9),
-                    arguments: &[arg("selector", Place::Eax)],
+                    arguments: args![selector: Eax],
                     ..Contract::STANDARD
                 }
                 /// Loads the interrupt descriptor table register.
                 SetIDT = 5 => Contract {
                     slot: Slot::new(10),
-                    arguments: &[arg("table", Place::Eax)],
+                    arguments: args![table: Eax],
                     ..Contract::STANDARD
                 }
                 /// Loads the task register.
                 SetTR = 6 => Contract {
                     slot: Slot::new(11),
-                    arguments: &[arg("selector", Place::Eax)],
+                    arguments: args![selector: Eax],
                     ..Contract::STANDARD
                 }
                 /// Stores the global descriptor table register: the guest's, not a hypervisor's.
                 GetGDT = 7 => Contract {
                     slot: Slot::new(12),
-                    arguments: &[arg("buffer", Place::Eax)],
+                    arguments: args![buffer: Eax],
                     ..Contract::STANDARD
                 }
                 /// Reads the local descriptor table register.
@@ -90,7 +92,7 @@ macro_rules! for_each_call {
                 /// Stores the interrupt descriptor table register: the guest's, not a hypervisor's.
                 GetIDT = 9 => Contract {
                     slot: Slot::new(14),
-                    arguments: &[arg("buffer", Place::Eax)],
+                    arguments: args![buffer: Eax],
                     ..Contract::STANDARD
                 }
                 /// Reads the task register.
@@ -102,53 +104,53 @@ macro_rules! for_each_call {
                 /// Stores a descriptor in a GDT. It may be altered on its way in (DPL, limit).
                 WriteGDTEntry = 11 => Contract {
                     slot: Slot::new(16),
-                    arguments: &[arg("table", Place::Eax), arg("index", Place::Edx), arg("low", Place::Ecx), arg("high", Place::Stack)],
+                    arguments: args![table: Eax, index: Edx, low: Ecx, high: Stack],
                     deferral: Deferral::LazyCpu,
                     ..Contract::STANDARD
                 }
                 /// Stores a descriptor in an LDT. It may be altered on its way in (DPL, limit).
                 WriteLDTEntry = 12 => Contract {
                     slot: Slot::new(17),
-                    arguments: &[arg("table", Place::Eax), arg("index", Place::Edx), arg("low", Place::Ecx), arg("high", Place::Stack)],
+                    arguments: args![table: Eax, index: Edx, low: Ecx, high: Stack],
                     deferral: Deferral::LazyCpu,
                     ..Contract::STANDARD
                 }
                 /// Stores a descriptor in an IDT. It may be altered on its way in (DPL, limit).
                 WriteIDTEntry = 13 => Contract {
                     slot: Slot::new(18),
-                    arguments: &[arg("table", Place::Eax), arg("index", Place::Edx), arg("low", Place::Ecx), arg("high", Place::Stack)],
+                    arguments: args![table: Eax, index: Edx, low: Ecx, high: Stack],
                     deferral: Deferral::LazyCpu,
                     ..Contract::STANDARD
                 }
                 /// Sets the stack for entries into ring 0. Linux passes a selector instead of the task state segment: the current one counts.
                 UpdateKernelStack = 14 => Contract {
                     slot: Slot::new(19),
-                    arguments: &[arg("task_state", Place::Eax), arg("esp0", Place::Edx)],
+                    arguments: args![task_state: Eax, esp0: Edx],
                     ..Contract::STANDARD
                 }
                 /// Loads CR0.
                 SetCR0 = 15 => Contract {
                     slot: Slot::new(20),
-                    arguments: &[arg("value", Place::Eax)],
+                    arguments: args![value: Eax],
                     ..Contract::STANDARD
                 }
                 /// Loads CR2.
                 SetCR2 = 16 => Contract {
                     slot: Slot::new(21),
-                    arguments: &[arg("value", Place::Eax)],
+                    arguments: args![value: Eax],
                     ..Contract::STANDARD
                 }
                 /// Loads CR3: another address space, and no translation that is not global.
                 SetCR3 = 17 => Contract {
                     slot: Slot::new(22),
-                    arguments: &[arg("value", Place::Eax)],
+                    arguments: args![value: Eax],
                     deferral: Deferral::LazyCpu,
                     ..Contract::STANDARD
                 }
                 /// Loads CR4.
                 SetCR4 = 18 => Contract {
                     slot: Slot::new(23),
-                    arguments: &[arg("value", Place::Eax)],
+                    arguments: args![value: Eax],
                     ..Contract::STANDARD
                 }
                 /// Reads CR0 as the guest last set it.
@@ -183,20 +185,20 @@ macro_rules! for_each_call {
                 /// Loads a debug register.
                 SetDR = 24 => Contract {
                     slot: Slot::new(30),
-                    arguments: &[arg("register", Place::Eax), arg("value", Place::Edx)],
+                    arguments: args![register: Eax, value: Edx],
                     ..Contract::STANDARD
                 }
                 /// Reads a debug register.
                 GetDR = 25 => Contract {
                     slot: Slot::new(31),
-                    arguments: &[arg("register", Place::Eax)],
+                    arguments: args![register: Eax],
                     results: Registers::EAX,
                     ..Contract::STANDARD
                 }
                 /// Reads a performance-monitoring counter.
                 RDPMC = 26 => Contract {
                     slot: Slot::new(32),
-                    arguments: &[arg("counter", Place::Ecx)],
+                    arguments: args![counter: Ecx],
                     results: Registers::EDX_EAX,
                     site: Site::Unused,
                     ..Contract::STANDARD
@@ -241,7 +243,7 @@ macro_rules! for_each_call {
                 /// Sets the interrupt flag from bit 9 of an EFLAGS image, and delivers what is pending.
                 SetInterruptMask = 32 => Contract {
                     slot: Slot::new(38),
-                    arguments: &[arg("mask", Place::Eax)],
+                    arguments: args![mask: Eax],
                     clobbers: Registers::FLAGS,
                     segments: Segments::StackOnly,
                     site: Site::Patched,
@@ -250,8 +252,8 @@ macro_rules! for_each_call {
                 /// Returns from an interrupt: pops EIP, CS, EFLAGS and, for another ring, ESP, SS and, for virtual-8086 mode, ES, DS, FS, GS. Reached by a call, a return address lies above the frame.
                 IRET = 33 => Contract {
                     slot: Slot::new(39),
-                    arguments: &[arg("frame", Place::Frame)],
-                    clobbers: Registers::empty(),
+                    arguments: args![frame: Frame],
+                    clobbers: Registers::NONE,
                     segments: Segments::StackOnly,
                     answers: Answers::TRANSFER,
                     site: Site::Patched,
@@ -261,8 +263,8 @@ macro_rules! for_each_call {
                 /// Returns from a fast system call and enables interrupts in one step.
                 SYSEXIT = 34 => Contract {
                     slot: Slot::new(40),
-                    arguments: &[arg("eip", Place::Edx), arg("esp", Place::Ecx)],
-                    clobbers: Registers::empty(),
+                    arguments: args![eip: Edx, esp: Ecx],
+                    clobbers: Registers::NONE,
                     segments: Segments::StackOnly,
                     answers: Answers::TRANSFER,
                     site: Site::Patched,
@@ -277,7 +279,7 @@ macro_rules! for_each_call {
                 /// Restarts the machine: 0 soft, 1 hard.
                 Reboot = 36 => Contract {
                     slot: Slot::new(43),
-                    arguments: &[arg("kind", Place::Eax)],
+                    arguments: args![kind: Eax],
                     site: Site::Unused,
                     ending: Ending::Stops,
                     ..Contract::STANDARD
@@ -292,41 +294,41 @@ macro_rules! for_each_call {
                 /// Stores a 32-bit page-table entry.
                 SetPxE = 38 => Contract {
                     slot: Slot::since_13_3(86),
-                    arguments: &[arg("value", Place::Eax), arg("entry", Place::Edx), arg("flags", Place::Ecx)],
+                    arguments: args![value: Eax, entry: Edx, flags: Ecx],
                     deferral: Deferral::LazyMmu,
                     ..Contract::STANDARD
                 }
                 /// Stores a 64-bit page-table entry. No processor sees half of a present mapping.
                 SetPxELong = 39 => Contract {
                     slot: Slot::since_13_3(87),
-                    arguments: &[arg("value", Place::EdxEax), arg("entry", Place::Ecx), arg("flags", Place::Stack)],
+                    arguments: args![value: EdxEax, entry: Ecx, flags: Stack],
                     deferral: Deferral::LazyMmu,
                     ..Contract::STANDARD
                 }
                 /// Tells that the guest wrote a 32-bit page-table entry itself.
                 UpdatePxE = 40 => Contract {
-                    arguments: &[arg("entry", Place::Eax), arg("flags", Place::Edx)],
+                    arguments: args![entry: Eax, flags: Edx],
                     deferral: Deferral::LazyMmu,
                     answers: Answers::NOTIFICATION,
                     ..Contract::STANDARD
                 }
                 /// Tells that the guest wrote a 64-bit page-table entry itself.
                 UpdatePxELong = 41 => Contract {
-                    arguments: &[arg("entry", Place::Eax), arg("flags", Place::Edx)],
+                    arguments: args![entry: Eax, flags: Edx],
                     deferral: Deferral::LazyMmu,
                     answers: Answers::NOTIFICATION,
                     ..Contract::STANDARD
                 }
                 /// Translates a frame number of the machine into the guest's.
                 MachineToPhysical = 42 => Contract {
-                    arguments: &[arg("frame", Place::Eax)],
+                    arguments: args![frame: Eax],
                     results: Registers::EAX,
                     site: Site::Unused,
                     ..Contract::STANDARD
                 }
                 /// Translates the guest's frame number into the machine's.
                 PhysicalToMachine = 43 => Contract {
-                    arguments: &[arg("frame", Place::Eax)],
+                    arguments: args![frame: Eax],
                     results: Registers::EAX,
                     site: Site::Unused,
                     ..Contract::STANDARD
@@ -334,159 +336,159 @@ macro_rules! for_each_call {
                 /// Tells that a page becomes a page table.
                 AllocatePage = 44 => Contract {
                     slot: Slot::new(53),
-                    arguments: &[arg("frame", Place::Eax), arg("flags", Place::Edx), arg("clone_frame", Place::Ecx), arg("clone_start", Place::Stack), arg("clone_count", Place::Stack)],
+                    arguments: args![frame: Eax, flags: Edx, clone_frame: Ecx, clone_start: Stack, clone_count: Stack],
                     answers: Answers::NOTIFICATION,
                     ..Contract::STANDARD
                 }
                 /// Tells that a page is no longer a page table.
                 ReleasePage = 45 => Contract {
                     slot: Slot::new(54),
-                    arguments: &[arg("frame", Place::Eax), arg("flags", Place::Edx)],
+                    arguments: args![frame: Eax, flags: Edx],
                     answers: Answers::NOTIFICATION,
                     ..Contract::STANDARD
                 }
                 /// Drops the translation of one page, after all pending updates.
                 InvalPage = 46 => Contract {
                     slot: Slot::new(55),
-                    arguments: &[arg("address", Place::Eax)],
+                    arguments: args![address: Eax],
                     ..Contract::STANDARD
                 }
                 /// Drops translations, after all pending updates: 1 those that are not global, 2 all.
                 FlushTLB = 47 => Contract {
                     slot: Slot::new(56),
-                    arguments: &[arg("flags", Place::Eax)],
+                    arguments: args![flags: Eax],
                     ..Contract::STANDARD
                 }
                 /// Tells where page tables are mapped, so that entry pointers can be translated.
                 SetLinearMapping = 48 => Contract {
                     slot: Slot::new(58),
-                    arguments: &[arg("slot", Place::Eax), arg("start", Place::Edx), arg("pages", Place::Ecx), arg("frame", Place::Stack)],
+                    arguments: args![slot: Eax, start: Edx, pages: Ecx, frame: Stack],
                     answers: Answers::NOTIFICATION,
                     ..Contract::STANDARD
                 }
                 /// Reads 32 bits from a port.
                 INL = 49 => Contract {
                     slot: Slot::new(59),
-                    arguments: &[arg("port", Place::Edx)],
+                    arguments: args![port: Edx],
                     results: Registers::EAX,
-                    clobbers: Registers::empty(),
+                    clobbers: Registers::NONE,
                     site: Site::Unused,
                     ..Contract::STANDARD
                 }
                 /// Reads 8 bits from a port.
                 INB = 50 => Contract {
                     slot: Slot::new(60),
-                    arguments: &[arg("port", Place::Edx)],
+                    arguments: args![port: Edx],
                     results: Registers::EAX,
-                    clobbers: Registers::empty(),
+                    clobbers: Registers::NONE,
                     site: Site::Unused,
                     ..Contract::STANDARD
                 }
                 /// Reads 16 bits from a port.
                 INW = 51 => Contract {
                     slot: Slot::new(61),
-                    arguments: &[arg("port", Place::Edx)],
+                    arguments: args![port: Edx],
                     results: Registers::EAX,
-                    clobbers: Registers::empty(),
+                    clobbers: Registers::NONE,
                     site: Site::Unused,
                     ..Contract::STANDARD
                 }
                 /// Reads 32 bits from a port into memory, ECX times.
                 INSL = 52 => Contract {
                     slot: Slot::new(62),
-                    arguments: &[arg("port", Place::Edx), arg("destination", Place::Edi), arg("count", Place::Ecx)],
-                    clobbers: Registers::EDI.union(Registers::ECX),
+                    arguments: args![port: Edx, destination: Edi, count: Ecx],
+                    clobbers: Registers::EDI_ECX,
                     site: Site::Unused,
                     ..Contract::STANDARD
                 }
                 /// Reads 8 bits from a port into memory, ECX times.
                 INSB = 53 => Contract {
                     slot: Slot::new(63),
-                    arguments: &[arg("port", Place::Edx), arg("destination", Place::Edi), arg("count", Place::Ecx)],
-                    clobbers: Registers::EDI.union(Registers::ECX),
+                    arguments: args![port: Edx, destination: Edi, count: Ecx],
+                    clobbers: Registers::EDI_ECX,
                     site: Site::Unused,
                     ..Contract::STANDARD
                 }
                 /// Reads 16 bits from a port into memory, ECX times.
                 INSW = 54 => Contract {
                     slot: Slot::new(64),
-                    arguments: &[arg("port", Place::Edx), arg("destination", Place::Edi), arg("count", Place::Ecx)],
-                    clobbers: Registers::EDI.union(Registers::ECX),
+                    arguments: args![port: Edx, destination: Edi, count: Ecx],
+                    clobbers: Registers::EDI_ECX,
                     site: Site::Unused,
                     ..Contract::STANDARD
                 }
                 /// Writes 32 bits to a port.
                 OUTL = 55 => Contract {
                     slot: Slot::new(65),
-                    arguments: &[arg("value", Place::Eax), arg("port", Place::Edx)],
-                    clobbers: Registers::empty(),
+                    arguments: args![value: Eax, port: Edx],
+                    clobbers: Registers::NONE,
                     site: Site::Unused,
                     ..Contract::STANDARD
                 }
                 /// Writes 8 bits to a port.
                 OUTB = 56 => Contract {
                     slot: Slot::new(66),
-                    arguments: &[arg("value", Place::Eax), arg("port", Place::Edx)],
-                    clobbers: Registers::empty(),
+                    arguments: args![value: Eax, port: Edx],
+                    clobbers: Registers::NONE,
                     site: Site::Unused,
                     ..Contract::STANDARD
                 }
                 /// Writes 16 bits to a port.
                 OUTW = 57 => Contract {
                     slot: Slot::new(67),
-                    arguments: &[arg("value", Place::Eax), arg("port", Place::Edx)],
-                    clobbers: Registers::empty(),
+                    arguments: args![value: Eax, port: Edx],
+                    clobbers: Registers::NONE,
                     site: Site::Unused,
                     ..Contract::STANDARD
                 }
                 /// Writes 32 bits from memory to a port, ECX times.
                 OUTSL = 58 => Contract {
                     slot: Slot::new(68),
-                    arguments: &[arg("port", Place::Edx), arg("source", Place::Esi), arg("count", Place::Ecx)],
-                    clobbers: Registers::ESI.union(Registers::ECX),
+                    arguments: args![port: Edx, source: Esi, count: Ecx],
+                    clobbers: Registers::ESI_ECX,
                     site: Site::Unused,
                     ..Contract::STANDARD
                 }
                 /// Writes 8 bits from memory to a port, ECX times.
                 OUTSB = 59 => Contract {
                     slot: Slot::new(69),
-                    arguments: &[arg("port", Place::Edx), arg("source", Place::Esi), arg("count", Place::Ecx)],
-                    clobbers: Registers::ESI.union(Registers::ECX),
+                    arguments: args![port: Edx, source: Esi, count: Ecx],
+                    clobbers: Registers::ESI_ECX,
                     site: Site::Unused,
                     ..Contract::STANDARD
                 }
                 /// Writes 16 bits from memory to a port, ECX times.
                 OUTSW = 60 => Contract {
                     slot: Slot::new(70),
-                    arguments: &[arg("port", Place::Edx), arg("source", Place::Esi), arg("count", Place::Ecx)],
-                    clobbers: Registers::ESI.union(Registers::ECX),
+                    arguments: args![port: Edx, source: Esi, count: Ecx],
+                    clobbers: Registers::ESI_ECX,
                     site: Site::Unused,
                     ..Contract::STANDARD
                 }
                 /// Sets the I/O privilege level from bits 12 and 13 of an EFLAGS image.
                 SetIOPLMask = 61 => Contract {
                     slot: Slot::new(71),
-                    arguments: &[arg("mask", Place::Eax)],
+                    arguments: args![mask: Eax],
                     ..Contract::STANDARD
                 }
                 /// Sets the state in which the next STARTUP IPI lets a processor begin.
                 SetInitialAPState = 62 => Contract {
                     slot: Slot::new(75),
-                    arguments: &[arg("state", Place::Eax), arg("apic_id", Place::Edx)],
+                    arguments: args![state: Eax, apic_id: Edx],
                     answers: Answers::NOTIFICATION,
                     ..Contract::STANDARD
                 }
                 /// Writes a local APIC register. The proposal passes its linear address, Linux its offset, 20h to 3F0h.
                 APICWrite = 63 => Contract {
                     slot: Slot::new(76),
-                    arguments: &[arg("register", Place::Eax), arg("value", Place::Edx)],
+                    arguments: args![register: Eax, value: Edx],
                     group: Some(Group::Apic),
                     ..Contract::STANDARD
                 }
                 /// Reads a local APIC register, named as in APICWrite.
                 APICRead = 64 => Contract {
                     slot: Slot::new(77),
-                    arguments: &[arg("register", Place::Eax)],
+                    arguments: args![register: Eax],
                     results: Registers::EAX,
                     group: Some(Group::Apic),
                     ..Contract::STANDARD
@@ -507,7 +509,7 @@ macro_rules! for_each_call {
                 /// Reads a cycle counter: 0 real, 1 available, 2 stolen; any other reads as 0.
                 GetCycleCounter = 67 => Contract {
                     slot: Slot::new(80),
-                    arguments: &[arg("counter", Place::Eax)],
+                    arguments: args![counter: Eax],
                     results: Registers::EDX_EAX,
                     group: Some(Group::Timer),
                     ..Contract::STANDARD
@@ -515,14 +517,14 @@ macro_rules! for_each_call {
                 /// Arms the counter's alarm at an absolute expiry in cycles, replacing an armed one.
                 SetAlarm = 68 => Contract {
                     slot: Slot::new(81),
-                    arguments: &[arg("flags", Place::Eax), arg("expiry", Place::EcxEdx), arg("period", Place::StackPair)],
+                    arguments: args![flags: Eax, expiry: EcxEdx, period: StackPair],
                     group: Some(Group::Timer),
                     ..Contract::STANDARD
                 }
                 /// Disarms the counter's alarm; 1 if it was armed.
                 CancelAlarm = 69 => Contract {
                     slot: Slot::new(82),
-                    arguments: &[arg("flags", Place::Eax)],
+                    arguments: args![flags: Eax],
                     results: Registers::EAX,
                     group: Some(Group::Timer),
                     ..Contract::STANDARD
@@ -549,7 +551,7 @@ macro_rules! for_each_call {
                 }
                 /// Enters or leaves a lazy mode: 0 off, 1 MMU, 2 CPU. Leaving makes everything deferred visible; 0 to 1 can come twice.
                 SetLazyMode = 73 => Contract {
-                    arguments: &[arg("mode", Place::Eax)],
+                    arguments: args![mode: Eax],
                     answers: Answers::NOTIFICATION,
                     ..Contract::STANDARD
                 }
@@ -575,91 +577,91 @@ macro_rules! for_each_call {
                 /// SetPxE without flags.
                 SetPxETwoArguments => Contract {
                     slot: Slot::new(45),
-                    arguments: &[arg("value", Place::Eax), arg("entry", Place::Edx)],
+                    arguments: args![value: Eax, entry: Edx],
                     deferral: Deferral::LazyMmu,
                     ..Contract::STANDARD
                 }
                 /// Reads a 32-bit page-table entry.
                 GetPxE => Contract {
                     slot: Slot::new(46),
-                    arguments: &[arg("entry", Place::Eax)],
+                    arguments: args![entry: Eax],
                     results: Registers::EAX,
                     ..Contract::STANDARD
                 }
                 /// Exchanges a 32-bit page-table entry; the old one is the result.
                 SwapPxE => Contract {
                     slot: Slot::new(47),
-                    arguments: &[arg("value", Place::Eax), arg("entry", Place::Edx)],
+                    arguments: args![value: Eax, entry: Edx],
                     results: Registers::EAX,
                     ..Contract::STANDARD
                 }
                 /// SetPxELong without flags.
                 SetPxELongTwoArguments => Contract {
                     slot: Slot::new(48),
-                    arguments: &[arg("value", Place::EdxEax), arg("entry", Place::Ecx)],
+                    arguments: args![value: EdxEax, entry: Ecx],
                     deferral: Deferral::LazyMmu,
                     ..Contract::STANDARD
                 }
                 /// Reads a 64-bit page-table entry.
                 GetPxELong => Contract {
                     slot: Slot::new(49),
-                    arguments: &[arg("entry", Place::Eax)],
+                    arguments: args![entry: Eax],
                     results: Registers::EDX_EAX,
                     ..Contract::STANDARD
                 }
                 /// Exchanges a 64-bit page-table entry in one step; the old one is the result.
                 SwapPxELongAtomic => Contract {
                     slot: Slot::new(50),
-                    arguments: &[arg("value", Place::EdxEax), arg("entry", Place::Ecx)],
+                    arguments: args![value: EdxEax, entry: Ecx],
                     results: Registers::EDX_EAX,
                     ..Contract::STANDARD
                 }
                 /// Sets a bit of a 32-bit page-table entry in one step; its old value is the result.
                 TestAndSetPxEBit => Contract {
                     slot: Slot::new(51),
-                    arguments: &[arg("bit", Place::Eax), arg("entry", Place::Edx)],
+                    arguments: args![bit: Eax, entry: Edx],
                     results: Registers::EAX,
                     ..Contract::STANDARD
                 }
                 /// Clears a bit of a 32-bit page-table entry in one step; its old value is the result.
                 TestAndClearPxEBit => Contract {
                     slot: Slot::new(52),
-                    arguments: &[arg("bit", Place::Eax), arg("entry", Place::Edx)],
+                    arguments: args![bit: Eax, entry: Edx],
                     results: Registers::EAX,
                     ..Contract::STANDARD
                 }
                 /// Makes deferred updates visible.
                 FlushDeferredCalls => Contract {
                     slot: Slot::new(57),
-                    arguments: &[arg("flags", Place::Eax)],
+                    arguments: args![flags: Eax],
                     answers: Answers::NOTIFICATION,
                     ..Contract::STANDARD
                 }
                 /// Clears a 64-bit page-table entry in one step; the old one is the result.
                 DeactivatePxELongAtomic => Contract {
                     slot: Slot::new(72),
-                    arguments: &[arg("entry", Place::Eax)],
+                    arguments: args![entry: Eax],
                     results: Registers::EDX_EAX,
                     ..Contract::STANDARD
                 }
                 /// Sets a bit of a 64-bit page-table entry in one step; its old value is the result.
                 TestAndSetPxELongBit => Contract {
                     slot: Slot::new(73),
-                    arguments: &[arg("bit", Place::Eax), arg("entry", Place::Edx)],
+                    arguments: args![bit: Eax, entry: Edx],
                     results: Registers::EAX,
                     ..Contract::STANDARD
                 }
                 /// Clears a bit of a 64-bit page-table entry in one step; its old value is the result.
                 TestAndClearPxELongBit => Contract {
                     slot: Slot::new(74),
-                    arguments: &[arg("bit", Place::Eax), arg("entry", Place::Edx)],
+                    arguments: args![bit: Eax, entry: Edx],
                     results: Registers::EAX,
                     ..Contract::STANDARD
                 }
                 /// Says how a call is reached. Sanos insists on CALL_REL for every call from 4 to 87.
                 GetRelocationInfo => Contract {
                     slot: Slot::since_13_3(85),
-                    arguments: &[arg("call", Place::Eax)],
+                    arguments: args![call: Eax],
                     results: Registers::EDX_EAX,
                     ..Contract::STANDARD
                 }
@@ -668,8 +670,11 @@ macro_rules! for_each_call {
     };
 }
 
-const fn arg(name: &'static str, place: Place) -> Argument {
-    Argument { name, place }
+/// The arguments of a contract.
+macro_rules! args {
+    ($( $name:ident: $place:ident ),*) => {
+        &[ $( Argument { name: stringify!($name), place: Place::$place } ),* ]
+    };
 }
 
 macro_rules! declare {

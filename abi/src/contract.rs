@@ -170,6 +170,12 @@ bitflags! {
         const STANDARD = Self::EAX.bits() | Self::ECX.bits() | Self::EDX.bits() | Self::FLAGS.bits();
         /// A 64-bit result.
         const EDX_EAX = Self::EAX.bits() | Self::EDX.bits();
+        /// What the instruction CPUID answers in.
+        const CPUID = Self::EAX.bits() | Self::EBX.bits() | Self::ECX.bits() | Self::EDX.bits();
+        /// Where a string of bytes that is read from a port ends.
+        const EDI_ECX = Self::EDI.bits() | Self::ECX.bits();
+        /// Where a string of bytes that is written to a port ends.
+        const ESI_ECX = Self::ESI.bits() | Self::ECX.bits();
     }
 
     /// A set of relocation types.
@@ -184,6 +190,11 @@ bitflags! {
         /// The guest does nothing.
         const NOP = 1 << 3;
     }
+}
+
+impl Registers {
+    /// No register, and no flag.
+    pub const NONE: Self = Self::empty();
 }
 
 impl Answers {

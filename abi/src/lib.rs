@@ -8,7 +8,8 @@
 //! - [`relocation`]: what `get_reloc` answers,
 //! - [`flags`]: the bit sets that travel in arguments,
 //! - [`state`]: structures in memory (descriptor table registers, the state of a starting processor),
-//! - [`probe`]: how a guest recognises a ROM.
+//! - [`probe`]: how a guest recognises a ROM,
+//! - [`vmi`]: the calls as functions, for kernels in Rust.
 //!
 //! The facts come from the interface proposal of March 2006 and from the clients that exist (Linux
 //! 2.6.21 to 2.6.36, Sanos). Where they disagree the clients win: they are what a ROM must serve.
@@ -17,7 +18,6 @@
 //! other side may send any bit pattern.
 
 #![no_std]
-#![forbid(unsafe_code)]
 
 pub mod calls;
 pub mod contract;
@@ -26,6 +26,7 @@ pub mod header;
 pub mod probe;
 pub mod relocation;
 pub mod state;
+pub mod vmi;
 
 pub use calls::{CALLS_3_0, CALLS_13, CallNumber, number, slot};
 pub use contract::{
