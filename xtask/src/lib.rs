@@ -11,6 +11,7 @@
 //! - [`qemu`]: one run of a machine,
 //! - [`tap`]: what the test guest reports,
 //! - [`conformance`]: one ROM under the test guest,
+//! - [`iso`]: a disc that boots the guest,
 //! - [`inspect`]: what is in an image, and whether it keeps the contract,
 //! - [`reference`]: the page of calls in `docs/`,
 //! - [`table`], [`progress`]: how results are shown.
@@ -21,6 +22,7 @@ pub mod c_header;
 pub mod conformance;
 pub mod image;
 pub mod inspect;
+pub mod iso;
 pub mod link;
 pub mod progress;
 pub mod qemu;

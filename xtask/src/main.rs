@@ -21,6 +21,7 @@ enum Verb {
     Inspect(verbs::inspect::Args),
     Diff(verbs::diff::Args),
     Run(verbs::run::Args),
+    Iso(verbs::iso::Args),
     Test(verbs::test::Args),
     Docs(verbs::docs::Args),
 }
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
         Verb::Inspect(args) => verbs::inspect::run(&args),
         Verb::Diff(args) => verbs::diff::run(&args),
         Verb::Run(args) => verbs::run::run(&args),
+        Verb::Iso(args) => verbs::iso::run(&args),
         Verb::Test(args) => verbs::test::run(&args),
         Verb::Docs(args) => verbs::docs::run(&args),
     };

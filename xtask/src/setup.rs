@@ -283,6 +283,9 @@ fn rustup_commands(rustup: Rustup) -> Vec<String> {
     update.into_iter().chain(["rustup component add rust-src"]).map(str::to_owned).collect()
 }
 
+/// Debian's packages for discs. None of them touches the machine's own boot loader: grub-pc would.
+const ISO_PACKAGES: [&str; 3] = ["grub-common", "grub-pc-bin", "xorriso"];
+
 /// Lists of arguments for `apt-get install`, the preferred one first; never empty.
 fn attempts(facts: &Facts, compilers: &[[String; 4]]) -> Vec<Vec<String>> {
     let needs = |need| facts.missing.contains(&need);
@@ -339,6 +342,9 @@ fn attempts(facts: &Facts, compilers: &[[String; 4]]) -> Vec<Vec<String>> {
             }
             if needs(Need::Clang) {
                 arguments.push("clang".into());
+            }
+            if needs(Need::IsoMaker) {
+                arguments.extend(ISO_PACKAGES.map(str::to_owned));
             }
             attempts.push(arguments);
         }
@@ -406,6 +412,15 @@ fn by_hand(facts: &Facts, reason: &str) -> Plan {
             (Need::Gcc, Family::Arch) => packages.push("gcc"),
             (Need::Clang, Family::Mac) => packages.push("llvm"),
             (Need::Clang, _) => packages.push("clang"),
+            (Need::IsoMaker, Family::Fedora) => {
+                packages.extend(["grub2-tools-extra", "grub2-pc-modules", "xorriso"])
+            }
+            (Need::IsoMaker, Family::Arch) => packages.extend(["grub", "libisoburn"]),
+            (Need::IsoMaker, Family::Suse) => {
+                packages.extend(["grub2", "grub2-i386-pc", "xorriso"])
+            }
+            (Need::IsoMaker, Family::Mac) => packages.extend(["i686-elf-grub", "xorriso"]),
+            (Need::IsoMaker, _) => packages.extend(ISO_PACKAGES),
         }
     }
     if facts.family == Family::Debian {
@@ -523,6 +538,12 @@ mod tests {
             lines(&plan),
             ["qemu-system-x86 rustc-web cargo-web rust-web-src rust-web-clippy binutils"]
         );
+    }
+
+    #[test]
+    fn the_tests_need_a_maker_of_discs_too() {
+        let plan = plan(&facts(&[Need::Linker, Need::IsoMaker], archive(WEB)));
+        assert_eq!(lines(&plan), ["binutils grub-common grub-pc-bin xorriso"]);
     }
 
     #[test]
@@ -649,12 +670,16 @@ mod tests {
             (
                 Family::Fedora,
                 Rustup::None,
-                vec!["sudo dnf install rust cargo rust-src binutils qemu-system-x86"],
+                vec![
+                    "sudo dnf install rust cargo rust-src binutils qemu-system-x86 grub2-tools-extra grub2-pc-modules xorriso",
+                ],
             ),
             (
                 Family::Arch,
                 Rustup::None,
-                vec!["sudo pacman -S --needed rust rust-src binutils qemu-system-x86"],
+                vec![
+                    "sudo pacman -S --needed rust rust-src binutils qemu-system-x86 grub libisoburn",
+                ],
             ),
             (
                 Family::Suse,
@@ -662,7 +687,7 @@ mod tests {
                 vec![
                     "rustup update stable",
                     "rustup component add rust-src",
-                    "sudo zypper install binutils qemu-x86",
+                    "sudo zypper install binutils qemu-x86 grub2 grub2-i386-pc xorriso",
                 ],
             ),
             (
@@ -671,11 +696,11 @@ mod tests {
                 vec![
                     "rustup update stable",
                     "rustup component add rust-src",
-                    "brew install x86_64-elf-binutils qemu",
+                    "brew install x86_64-elf-binutils qemu i686-elf-grub xorriso",
                 ],
             ),
         ] {
-            match plan(&Facts { family, rustup, ..facts(Need::RUN, Archive::default()) }) {
+            match plan(&Facts { family, rustup, ..facts(Need::TEST, Archive::default()) }) {
                 Plan::ByHand { commands, .. } => assert_eq!(commands, wanted),
                 other => panic!("{other:?}"),
             }

@@ -1,5 +1,5 @@
-//! Finds what a build, a run and the tests need: a compiler with its library's source, GNU ld, QEMU, and
-//! compilers for C and C++.
+//! Finds what builds, runs, discs and tests need: a compiler with its library's source, GNU ld, QEMU, GRUB,
+//! and compilers for C and C++.
 //!
 //! Nothing is downloaded here, and nothing installed: [`crate::verbs::setup`] does that. rustup in
 //! particular is asked only for the names of its toolchains, whose programs are then called by
@@ -200,6 +200,23 @@ impl fmt::Display for CCompilers {
     }
 }
 
+/// What makes discs that boot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct IsoMaker {
+    /// GRUB's program.
+    pub path: PathBuf,
+    /// GRUB's modules for PCs with a BIOS.
+    pub modules: PathBuf,
+    /// GRUB's name and version.
+    pub version: String,
+}
+
+impl fmt::Display for IsoMaker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({})", self.version, self.path.display())
+    }
+}
+
 /// Everything that was found.
 #[derive(Clone, Debug)]
 pub struct Findings {
@@ -213,6 +230,8 @@ pub struct Findings {
     pub gcc: Result<CCompilers, String>,
     /// Clang, or why there is none.
     pub clang: Result<CCompilers, String>,
+    /// What makes discs, or why there is nothing.
+    pub iso_maker: Result<IsoMaker, String>,
 }
 
 /// Something that the work at hand needs.
@@ -228,6 +247,8 @@ pub enum Need {
     Gcc,
     /// Clang for C and C++.
     Clang,
+    /// GRUB for PCs with a BIOS, and xorriso.
+    IsoMaker,
 }
 
 impl Need {
@@ -237,9 +258,11 @@ impl Need {
     pub const RUN: &'static [Self] = &[Self::Compiler, Self::Linker, Self::Emulator];
     /// What the example kernels need.
     pub const EXAMPLES: &'static [Self] = &[Self::Compiler, Self::Linker, Self::Gcc];
+    /// What a disc needs.
+    pub const ISO: &'static [Self] = &[Self::Compiler, Self::Linker, Self::IsoMaker];
     /// What the tests need: everything.
     pub const TEST: &'static [Self] =
-        &[Self::Compiler, Self::Linker, Self::Emulator, Self::Gcc, Self::Clang];
+        &[Self::Compiler, Self::Linker, Self::Emulator, Self::Gcc, Self::Clang, Self::IsoMaker];
 }
 
 impl fmt::Display for Need {
@@ -252,6 +275,7 @@ impl fmt::Display for Need {
             Self::Emulator => write!(f, "qemu-system-i386 or qemu-system-x86_64"),
             Self::Gcc => write!(f, "gcc and g++ for 32-bit x86"),
             Self::Clang => write!(f, "clang and clang++ for 32-bit x86"),
+            Self::IsoMaker => write!(f, "grub-mkrescue with GRUB's modules i386-pc, and xorriso"),
         }
     }
 }
@@ -266,6 +290,7 @@ impl Findings {
             emulator: emulator(),
             gcc: gcc(),
             clang: clang(),
+            iso_maker: iso_maker(),
         }
     }
 
@@ -284,6 +309,7 @@ impl Findings {
             Need::Emulator => self.emulator.is_ok(),
             Need::Gcc => self.gcc.is_ok(),
             Need::Clang => self.clang.is_ok(),
+            Need::IsoMaker => self.iso_maker.is_ok(),
         };
         needs.iter().filter(|need| !is_there(need)).copied().collect()
     }
@@ -459,6 +485,24 @@ fn c_compilers(c: &str, cxx: &str, target: &'static str) -> Result<CCompilers, S
         output(&mut command)?;
     }
     Ok(found)
+}
+
+/// GRUB's program for discs, with what it uses.
+fn iso_maker() -> Result<IsoMaker, String> {
+    let path = ["grub-mkrescue", "grub2-mkrescue", "i686-elf-grub-mkrescue"]
+        .into_iter()
+        .find_map(find_program)
+        .ok_or("no grub-mkrescue on PATH")?;
+    find_program("xorriso").ok_or("no xorriso on PATH")?;
+    let top = path.parent().and_then(Path::parent).unwrap_or(Path::new("/usr"));
+    let modules = ["lib/grub", "lib/grub2", "share/grub2", "lib/i686-elf/grub"]
+        .into_iter()
+        .map(|folder| top.join(folder).join("i386-pc"))
+        .find(|folder| folder.join("multiboot.mod").is_file())
+        .ok_or("GRUB is without its modules for PCs with a BIOS")?;
+    let said = output(Command::new(&path).arg("--version"))?;
+    let version = format!("GRUB {}", said.split_whitespace().last().unwrap_or_default());
+    Ok(IsoMaker { path, modules, version })
 }
 
 /// The first executable of this name on `PATH`.

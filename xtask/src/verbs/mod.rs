@@ -4,6 +4,7 @@ pub mod build;
 pub mod diff;
 pub mod docs;
 pub mod inspect;
+pub mod iso;
 pub mod run;
 pub mod setup;
 pub mod test;

@@ -12,11 +12,11 @@ use std::collections::BTreeMap;
 use std::io::IsTerminal;
 use std::process::{Command, ExitCode, Stdio};
 
-/// Finds the compilers, the linker and QEMU, and installs what is missing.
+/// Finds the compilers, the linker, QEMU and GRUB, and installs what is missing.
 ///
 /// On Debian and Ubuntu, as root or with sudo, it installs packages; elsewhere it prints the
 /// commands. It removes no package, edits no package source and lets rustup download nothing.
-/// `build`, `run` and `test` do the same by themselves.
+/// `build`, `run`, `iso` and `test` do the same by themselves.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Show what would be installed, and install nothing.
@@ -110,6 +110,7 @@ fn table(findings: &Findings) -> String {
     single("emulator", findings.emulator.as_ref().map(ToString::to_string).map_err(Clone::clone));
     single("gcc", findings.gcc.as_ref().map(ToString::to_string).map_err(Clone::clone));
     single("clang", findings.clang.as_ref().map(ToString::to_string).map_err(Clone::clone));
+    single("discs", findings.iso_maker.as_ref().map(ToString::to_string).map_err(Clone::clone));
     table.render()
 }
 

@@ -1,0 +1,111 @@
+//! The disc, booted as a machine boots a CD or a USB stick: firmware, GRUB, the guest.
+
+use anyhow::Result;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::time::Duration;
+use xtask::artifacts::{self, Artifacts};
+use xtask::iso::{self, Entry};
+use xtask::qemu::{Attachment, Machine, Model, Outcome};
+use xtask::tap::Report;
+use xtask::toolchain::{Findings, IsoMaker};
+
+fn maker() -> Result<&'static IsoMaker> {
+    static MAKER: OnceLock<Result<IsoMaker, String>> = OnceLock::new();
+    MAKER
+        .get_or_init(|| Findings::gather().iso_maker)
+        .as_ref()
+        .map_err(|error| anyhow::anyhow!("{error}; `cargo xtask setup` says how to get it"))
+}
+
+/// A disc with these lines of the menu, in a folder that goes with it.
+fn disc(entries: &[Entry]) -> Result<(tempfile::TempDir, PathBuf)> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("vmi.iso");
+    iso::make(maker()?, entries, &path)?;
+    Ok((folder, path))
+}
+
+/// How the disc gets into the machine.
+#[derive(Clone, Copy)]
+enum Medium {
+    Cd,
+    /// A hard disk, as which a BIOS shows a USB stick.
+    Disk,
+}
+
+/// How the guest gets a ROM.
+#[derive(Clone, Copy)]
+enum Source {
+    OptionRom(fn(&Artifacts) -> &PathBuf),
+}
+
+/// Boots the disc's first line, wants every check to hold, and gives what the serial port said.
+fn passes(disc: &Path, medium: Medium, source: Source, machine: &Machine) -> Result<String> {
+    let built = artifacts::ensure()?;
+    let disc = disc.display().to_string().replace(',', ",,");
+    let drive = match medium {
+        Medium::Cd => format!("file={disc},format=raw,media=cdrom"),
+        Medium::Disk => format!("file={disc},format=raw"),
+    };
+    let mut machine = Machine {
+        extra: vec!["-drive".into(), drive.into()],
+        // GRUB waits by the machine's clock, and a person is not there to press a key.
+        steady_time: false,
+        limit: Duration::from_secs(120),
+        ..machine.clone()
+    };
+    match source {
+        Source::OptionRom(rom) => machine.roms.push(Attachment::OptionRom(rom(built).clone())),
+    }
+    let run = machine.run(&built.emulator)?;
+    assert_eq!(run.outcome, Outcome::Passed, "{}\n{}", run.command, run.serial);
+    Ok(run.serial)
+}
+
+/// One test for each line: its name, the machine, the medium, where the ROM comes from.
+macro_rules! discs {
+    ($( $name:ident: $model:ident, $medium:ident, $source:expr; )*) => { $(
+        #[test]
+        fn $name() -> Result<()> {
+            let (_folder, disc) = disc(&iso::entries(&artifacts::ensure()?.guest))?;
+            let machine = Machine { model: Model::$model, ..Machine::default() };
+            let serial = passes(&disc, Medium::$medium, $source, &machine)?;
+            assert_eq!(Report::parse(&serial).complaint(), None, "{serial}");
+            assert!(serial.contains("GNU GRUB"), "the menu is not on the serial port: {serial}");
+            Ok(())
+        }
+    )* };
+}
+
+discs! {
+    pc_cd: Pc, Cd, Source::OptionRom(|built| &built.native);
+    pc_disk: Pc, Disk, Source::OptionRom(|built| &built.call);
+    q35_cd: Q35, Cd, Source::OptionRom(|built| &built.call);
+    q35_disk: Q35, Disk, Source::OptionRom(|built| &built.native);
+}
+
+/// The line with resets: GRUB starts the guest again, and leaves alone what it remembers.
+#[test]
+fn the_guest_goes_on_after_a_reset() -> Result<()> {
+    let entries = iso::entries(&artifacts::ensure()?.guest);
+    let (_folder, disc) = disc(&entries[1..])?;
+    let machine = Machine { no_reboot: false, ..Machine::default() };
+    let rom = Source::OptionRom(|built| &built.native);
+    let serial = passes(&disc, Medium::Cd, rom, &machine)?;
+    assert_eq!(serial.matches("GNU GRUB").count(), 3, "{serial}");
+    let reboot = "number=36 name=Reboot answer=NONE verdict=ok";
+    assert!(serial.contains(reboot), "{serial}");
+    Ok(())
+}
+
+/// The same files give the same disc, whenever and wherever it is made.
+#[test]
+fn two_discs_have_the_same_bytes() -> Result<()> {
+    let entries = iso::entries(&artifacts::ensure()?.guest);
+    let (_first_folder, first) = disc(&entries)?;
+    std::thread::sleep(Duration::from_millis(1100));
+    let (_second_folder, second) = disc(&entries)?;
+    assert!(std::fs::read(first)? == std::fs::read(second)?, "the discs differ");
+    Ok(())
+}
