@@ -671,14 +671,14 @@ mod tests {
                 Family::Fedora,
                 Rustup::None,
                 vec![
-                    "sudo dnf install rust cargo rust-src binutils qemu-system-x86 grub2-tools-extra grub2-pc-modules xorriso",
+                    "sudo dnf install rust cargo rust-src binutils qemu-system-x86 gcc gcc-c++ clang grub2-tools-extra grub2-pc-modules xorriso",
                 ],
             ),
             (
                 Family::Arch,
                 Rustup::None,
                 vec![
-                    "sudo pacman -S --needed rust rust-src binutils qemu-system-x86 grub libisoburn",
+                    "sudo pacman -S --needed rust rust-src binutils qemu-system-x86 gcc clang grub libisoburn",
                 ],
             ),
             (
@@ -687,7 +687,7 @@ mod tests {
                 vec![
                     "rustup update stable",
                     "rustup component add rust-src",
-                    "sudo zypper install binutils qemu-x86 grub2 grub2-i386-pc xorriso",
+                    "sudo zypper install binutils qemu-x86 gcc gcc-c++ clang grub2 grub2-i386-pc xorriso",
                 ],
             ),
             (
@@ -696,7 +696,7 @@ mod tests {
                 vec![
                     "rustup update stable",
                     "rustup component add rust-src",
-                    "brew install x86_64-elf-binutils qemu i686-elf-grub xorriso",
+                    "brew install x86_64-elf-binutils qemu x86_64-elf-gcc llvm i686-elf-grub xorriso",
                 ],
             ),
         ] {
