@@ -151,6 +151,40 @@ struct Entry {
     kind: AtomicU32,
 }
 
+/// Defines `fn native_call(CallNumber) -> Option<u32>`, for [`Calls::bind`]: the native calls that are linked
+/// in as `vmi_native_` and the call's name. Written `for_each_call!(native_calls)`, in a kernel for x86.
+///
+/// Their symbols are weak: a call that is not linked in has no code.
+#[macro_export]
+macro_rules! native_calls {
+    (
+        revision_3_0 { $( #[doc = $summary:literal] $name:ident = $number:literal => $contract:expr )* }
+        only_13 { $($old:tt)* }
+    ) => {
+        core::arch::global_asm!(
+            ".pushsection .rodata.vmi_native_calls, \"a\", @progbits",
+            ".balign 4",
+            ".globl vmi_native_calls",
+            "vmi_native_calls:",
+            $(
+                concat!(".weak vmi_native_", stringify!($name)),
+                concat!(".long vmi_native_", stringify!($name)),
+            )*
+            ".popsection",
+        );
+
+        /// The native code for a call, if it is linked in.
+        fn native_call(number: $crate::CallNumber) -> Option<u32> {
+            unsafe extern "C" {
+                static vmi_native_calls: [u32; $crate::CALLS_3_0.len()];
+            }
+            // SAFETY: the table above, with a word for each call.
+            let calls = unsafe { &vmi_native_calls };
+            calls.get(number.0 as usize).copied().filter(|address| *address != 0)
+        }
+    };
+}
+
 impl Entry {
     const fn unbound() -> Self {
         Self { eip: AtomicU32::new(0), kind: AtomicU32::new(RelocationType::NONE.0 as u32) }

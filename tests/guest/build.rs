@@ -1,5 +1,5 @@
 //! Hands the guest's layout to the linker, and the objects with the native calls, for machines without a
-//! ROM: `VMI_LINK_OBJECTS` holds their paths, as `PATH` holds folders.
+//! ROM: `VMI_NATIVE_OBJECTS` holds their paths, as `PATH` holds folders.
 
 use std::env;
 use std::path::Path;
@@ -15,8 +15,8 @@ fn main() {
         {
             println!("cargo::rustc-link-arg-bins={argument}");
         }
-        println!("cargo::rerun-if-env-changed=VMI_LINK_OBJECTS");
-        let objects = env::var_os("VMI_LINK_OBJECTS").unwrap_or_default();
+        println!("cargo::rerun-if-env-changed=VMI_NATIVE_OBJECTS");
+        let objects = env::var_os("VMI_NATIVE_OBJECTS").unwrap_or_default();
         for object in env::split_paths(&objects) {
             println!("cargo::rerun-if-changed={}", object.display());
             println!("cargo::rustc-link-arg-bins={}", object.display());

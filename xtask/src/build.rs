@@ -25,8 +25,18 @@ const TARGET: &str = "targets/i686-unknown-none.json";
 const TARGET_NAME: &str = "i686-unknown-none";
 
 /// What is compiled for it.
-const BARE_PACKAGES: [&str; 6] =
-    ["--package", "vmi-rom", "--package", "vmi-native-backend", "--package", "vmi-guest"];
+const BARE_PACKAGES: [&str; 10] = [
+    "--package",
+    "vmi-abi",
+    "--package",
+    "vmi-rom",
+    "--package",
+    "vmi-native-backend",
+    "--package",
+    "vmi-guest",
+    "--package",
+    "vmi-example-kernel",
+];
 
 /// Two addresses that have few bits in common: the second is where Linux sees an option ROM.
 const LINK_BASES: [&str; 2] = ["0", "c00ca000"];
@@ -192,14 +202,28 @@ pub fn guest(tools: &Tools) -> Result<PathBuf> {
         .into_iter()
         .map(|revision| Ok(link::build(tools, revision)?.object))
         .collect::<Result<Vec<PathBuf>>>()?;
-    let progress = Progress::start(format!("building {}", shown(&path)));
+    let objects = std::env::join_paths(&objects).context("a path with a colon")?;
+    kernel(tools, "vmi-guest", &path, &[("VMI_NATIVE_OBJECTS", Path::new(&objects))])?;
+    Ok(path)
+}
+
+/// Builds a kernel for the bare machine; `variables` are for its build script.
+///
+/// # Errors
+///
+/// It does not compile.
+pub(crate) fn kernel(
+    tools: &Tools,
+    package: &str,
+    path: &Path,
+    variables: &[(&str, &Path)],
+) -> Result<()> {
+    let progress = Progress::start(format!("building {}", shown(path)));
     let _lock = lock()?;
     let mut cargo = inner_cargo(tools, "build");
-    cargo.args(["--release", "--package", "vmi-guest"]);
-    cargo.env("VMI_LINK_OBJECTS", std::env::join_paths(&objects).context("a path with a colon")?);
+    cargo.args(["--release", "--package", package]).envs(variables.iter().copied());
     run(&mut cargo, &progress)?;
-    write(&path, &read(&output_path("vmi-guest"))?)?;
-    Ok(path)
+    write(path, &read(&output_path(package))?)
 }
 
 /// The lints of image and guest on their own target, warnings denied. The compiler must have clippy.

@@ -4,6 +4,7 @@
 //! - [`toolchain`]: finds the compilers, the linker and QEMU,
 //! - [`setup`]: decides how to get what is missing,
 //! - [`build`]: compiles and links image and guest,
+//! - [`examples`]: the example kernels,
 //! - [`image`]: makes the finished image from the linked file, or refuses,
 //! - [`link`]: the form that a kernel links,
 //! - [`c_header`]: the interface for C,
@@ -20,6 +21,7 @@ pub mod artifacts;
 pub mod build;
 pub mod c_header;
 pub mod conformance;
+pub mod examples;
 pub mod image;
 pub mod inspect;
 pub mod iso;
