@@ -16,8 +16,9 @@ fn main() {
             println!("cargo::rustc-link-arg-bins={argument}");
         }
         println!("cargo::rerun-if-env-changed=VMI_NATIVE_OBJECTS");
-        let objects = env::var_os("VMI_NATIVE_OBJECTS").unwrap_or_default();
-        for object in env::split_paths(&objects) {
+        // Without them the linker says what is missing; the lints do not link.
+        let objects = env::var_os("VMI_NATIVE_OBJECTS");
+        for object in objects.iter().flat_map(env::split_paths) {
             println!("cargo::rerun-if-changed={}", object.display());
             println!("cargo::rustc-link-arg-bins={}", object.display());
         }

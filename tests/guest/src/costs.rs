@@ -17,7 +17,7 @@ use crate::segments::{
     self, IDT, KERNEL_CODE, TASK_STATE, USER_CODE as USER_CODE_SELECTOR, USER_DATA,
 };
 use crate::session::FIXED_FLAG;
-use crate::site::Area;
+use crate::site::{Area, Native};
 use crate::{processor, suite};
 use core::arch::naked_asm;
 use vmi_abi::flags::{FlushFlags, LazyMode};
@@ -63,7 +63,7 @@ enum Entrance {
 #[derive(Clone, Copy)]
 enum Target {
     /// Native code, filled up with a NOP.
-    Native { code: &'static [u8] },
+    Native(Native),
     /// A direct call.
     Call(u32),
     /// A call through a pointer.
@@ -151,30 +151,7 @@ pub(crate) fn count(space: Space, rom: Rom) {
 /// The site of a kernel that has no ROM.
 fn native(call: &Call) -> Target {
     let own = own_code(call.number.unwrap_or(number::SetCallbacks)).unwrap_or(0);
-    match short_code(call) {
-        Some(code) => Target::Native { code },
-        None => Target::Call(own),
-    }
-}
-
-/// The instructions of the calls for which a native kernel has them at the site.
-fn short_code(call: &Call) -> Option<&'static [u8]> {
-    Some(match call.number? {
-        number::DisableInterrupts => &[0xfa],
-        number::EnableInterrupts => &[0xfb],
-        number::GetInterruptMask => &[0x9c, 0x58],
-        number::SetInterruptMask => &[0x50, 0x9d],
-        number::IRET => &[0xcf],
-        number::SYSEXIT => &[0xfb, 0x0f, 0x35],
-        number::CLTS => &[0x0f, 0x06],
-        number::RDTSC => &[0x0f, 0x31],
-        number::GetCR0 => &[0x0f, 0x20, 0xc0],
-        number::SetCR0 => &[0x0f, 0x22, 0xc0],
-        number::GetCR2 => &[0x0f, 0x20, 0xd0],
-        number::SetCR3 => &[0x0f, 0x22, 0xd8],
-        number::InvalPage => &[0x0f, 0x01, 0x38],
-        _ => return None,
-    })
+    Native::of(call, own).map_or(Target::Call(own), Target::Native)
 }
 
 /// The site that the ROM's answer leads to.
@@ -215,7 +192,8 @@ fn measure(entrance: Entrance, steps: &[Step], site: impl Fn(&Call) -> Target) -
             area.append(&[0x6a, 0]); // PUSH 0
         }
         match site(call) {
-            Target::Native { code } => {
+            Target::Native(native) => {
+                let code = native.bytes();
                 area.append(code);
                 if returns {
                     let length = if call.contract.site == Site::Patched { 5 } else { 6 };

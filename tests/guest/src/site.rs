@@ -6,7 +6,7 @@ use crate::paging::{PAGE, SITE_FRAMES, Space, WRITE};
 use crate::{harness, processor};
 use core::sync::atomic::{AtomicBool, Ordering};
 use vmi_abi::{Call, CallNumber, Ending};
-use vmi_native_backend::binding::SiteRule;
+use vmi_native_backend::binding::{SiteRule, is_short};
 use x86::controlregs::Cr0;
 
 /// CR0.WP.
@@ -194,13 +194,50 @@ impl Site {
     }
 }
 
+/// The instructions of a short call, without what brings a call back.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Native {
+    bytes: [u8; 3],
+    length: usize,
+}
+
+impl Native {
+    /// A call's, from the guest's own code; `None` if it is longer than a call of it.
+    pub(crate) fn of(call: &Call, own: u32) -> Option<Self> {
+        if !is_short(call) {
+            return None;
+        }
+        let returns = call.contract.ending == Ending::Returns;
+        // The guest calls its own IRET, which drops a return address first.
+        let own = if call.number == Some(IRET) { own + DROPPING } else { own };
+        let mut bytes = [0; 3];
+        let mut length = 0;
+        for byte in &mut bytes {
+            // SAFETY: a routine of the guest's own, which is readable.
+            let found = unsafe { ((own as usize + length) as *const u8).read_volatile() };
+            let ends =
+                if returns { found == RETURN } else { length > 0 && call.number == Some(IRET) };
+            if ends {
+                break;
+            }
+            *byte = found;
+            length += 1;
+        }
+        Some(Self { bytes, length })
+    }
+
+    /// Their bytes.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.bytes[..self.length]
+    }
+}
+
 /// What a ROM that rewrites sites may make of one.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Rewriting {
     /// The call's plain code, which leaves sites alone.
     pub(crate) plain: u32,
-    native: [u8; 3],
-    length: usize,
+    native: Native,
     returns: bool,
     /// What the machine allows.
     rule: SiteRule,
@@ -214,25 +251,10 @@ pub(crate) struct Wanted {
 }
 
 impl Rewriting {
-    /// For a call whose native code is the guest's own.
-    pub(crate) fn new(call: &Call, plain: u32, own: u32, rule: SiteRule) -> Self {
+    /// For a call whose native code is the guest's own; `None` for one that is not short.
+    pub(crate) fn new(call: &Call, plain: u32, own: u32, rule: SiteRule) -> Option<Self> {
         let returns = call.contract.ending == Ending::Returns;
-        // The guest calls its own IRET, which drops a return address first.
-        let own = if call.number == Some(IRET) { own + DROPPING } else { own };
-        let mut native = [0; 3];
-        let mut length = 0;
-        for byte in &mut native {
-            // SAFETY: a routine of the guest's own, which is readable.
-            let found = unsafe { ((own as usize + length) as *const u8).read_volatile() };
-            let ends =
-                if returns { found == RETURN } else { length > 0 && call.number == Some(IRET) };
-            if ends {
-                break;
-            }
-            *byte = found;
-            length += 1;
-        }
-        Self { plain, native, length, returns, rule }
+        Some(Self { plain, native: Native::of(call, own)?, returns, rule })
     }
 
     /// What must become of a site, from the rule alone.
@@ -243,7 +265,8 @@ impl Rewriting {
     pub(crate) fn outcome(&self, site: &Site) -> Wanted {
         let mut bytes = site.original;
         let length = site.length as u32;
-        let code = self.length as u32;
+        let native = self.native.bytes();
+        let code = native.len() as u32;
         let (least, most) = if self.returns { (code + 2, length) } else { (code, code) };
         // Bytes before a return address in the first bytes of a page may be nobody's.
         let crosses = site.address / PAGE != (site.address + length - 1) / PAGE;
@@ -251,9 +274,9 @@ impl Rewriting {
         if self.rule == SiteRule::Never || crosses || !site.proves || site.original[0] == JUMP {
             return Wanted { bytes, is_native: false };
         }
-        let rest = self.length..site.length;
+        let rest = native.len()..site.length;
         if self.rule == SiteRule::Anywhere || most <= room {
-            bytes[..self.length].copy_from_slice(&self.native[..self.length]);
+            bytes[..native.len()].copy_from_slice(native);
             if self.returns {
                 bytes[rest.clone()].fill(0x66);
                 bytes[rest.end - 1] = 0x90;
@@ -261,7 +284,7 @@ impl Rewriting {
             return Wanted { bytes, is_native: true };
         }
         if least <= room {
-            bytes[..self.length].copy_from_slice(&self.native[..self.length]);
+            bytes[..native.len()].copy_from_slice(native);
             if self.returns {
                 bytes[rest.start] = 0xeb;
                 bytes[rest.start + 1] = (rest.len() - 2) as u8;

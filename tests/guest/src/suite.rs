@@ -271,7 +271,7 @@ fn open(space: Space, rom: Rom, (number, call): (u32, &'static Call)) -> Session
         session.rewriting = rom
             .plain(CallNumber(number))
             .zip(own)
-            .map(|(plain, own)| Rewriting::new(call, plain, own, devices::site_rule()));
+            .and_then(|(plain, own)| Rewriting::new(call, plain, own, devices::site_rule()));
     }
     session
 }

@@ -2,23 +2,12 @@
 
 use super::samples::{Sample, seal};
 use super::slot_samples::{BEHIND, LOCK, Slots, asm, jump, offset};
-use super::{
-    HIGH_BASE, LOW_BASE, Report, Rom, Rule, answers, difference, map, report, survey, verify,
-};
+use super::tests::{judged, rules_of};
+use super::{HIGH_BASE, LOW_BASE, Report, Rom, Rule, answers, difference, map, report, survey};
 use iced_x86::code_asm::*;
 use proptest::prelude::*;
 use vmi_abi::header::SLOT_TABLE_SIZE;
 use vmi_abi::slot;
-
-fn judged(image: &[u8]) -> Report {
-    verify(&Rom::parse(image).expect("a ROM"))
-}
-
-fn rules_of(report: &Report) -> Vec<(Rule, Option<u32>)> {
-    let mut found: Vec<_> = report.violations.iter().map(|v| (v.rule, v.call)).collect();
-    found.dedup();
-    found
-}
 
 #[track_caller]
 fn clean(sample: &Slots) -> Report {

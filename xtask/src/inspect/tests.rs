@@ -1,16 +1,17 @@
 //! Right images are called clean, and each fault is named.
 
 use super::samples::{Lookup, Sample, repair, seal};
+use super::slot_samples::asm;
 use super::{HIGH_BASE, LOW_BASE, ReadError, Report, Rom, Rule, answers, survey, verify};
 use iced_x86::code_asm::*;
 use proptest::prelude::*;
 use vmi_abi::{CALLS_3_0, CallNumber, RelocationType, number};
 
-fn judged(image: &[u8]) -> Report {
+pub(super) fn judged(image: &[u8]) -> Report {
     verify(&Rom::parse(image).expect("a ROM"))
 }
 
-fn rules_of(report: &Report) -> Vec<(Rule, Option<u32>)> {
+pub(super) fn rules_of(report: &Report) -> Vec<(Rule, Option<u32>)> {
     let mut found: Vec<_> = report.violations.iter().map(|v| (v.rule, v.call)).collect();
     found.dedup();
     found
@@ -28,12 +29,6 @@ fn only(sample: &Sample, rule: Rule, call: CallNumber) -> Report {
 fn clean(sample: &Sample) {
     let report = judged(&sample.build());
     assert!(report.is_clean(), "{:#?}", report.violations);
-}
-
-macro_rules! asm {
-    ($( $name:ident $( ( $($argument:expr),* ) )? ;)*) => {
-        |a: &mut CodeAssembler| { $( a.$name($($($argument),*)?)?; )* Ok(()) }
-    };
 }
 
 #[test]
