@@ -1,8 +1,8 @@
 //! A small 32-bit kernel that holds a VMI ROM against the interface's contracts.
 //!
 //! It finds the ROM as Linux does, binds its calls by pointer and by patched call sites, and checks
-//! each of them: what it does, and what it leaves alone. The results go to the first serial port as
-//! TAP; the verdict ends QEMU through its debug-exit device.
+//! each of them: what it does, and what it leaves alone. The results go to the first serial port and
+//! to the screen as TAP; the verdict ends QEMU through its debug-exit device, and stops a PC.
 //!
 //! - `boot`: from the boot loader's 32-bit start to [`main`] at C0100000h,
 //! - `command_line`: the words that the boot loader passes on,
