@@ -1,9 +1,12 @@
-//! The disc, booted as a machine boots a CD or a USB stick: firmware, GRUB, the guest.
+//! The disc, booted as a machine boots a CD or a USB stick: firmware, GRUB, the guest. And what the
+//! guest does where no emulator waits for its exit.
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use xtask::artifacts::{self, Artifacts};
 use xtask::iso::{self, Entry};
 use xtask::qemu::{Attachment, Machine, Model, Outcome};
@@ -70,6 +73,7 @@ macro_rules! discs {
             let machine = Machine { model: Model::$model, ..Machine::default() };
             let serial = passes(&disc, Medium::$medium, $rom, &machine)?;
             assert_eq!(Report::parse(&serial).complaint(), None, "{serial}");
+            assert!(!serial.contains("# cost "), "time was taken for instructions: {serial}");
             assert!(serial.contains("GNU GRUB"), "the menu is not on the serial port: {serial}");
             Ok(())
         }
@@ -104,5 +108,59 @@ fn two_discs_have_the_same_bytes() -> Result<()> {
     std::thread::sleep(Duration::from_millis(1100));
     let (_second_folder, second) = disc(&entries)?;
     assert!(std::fs::read(first)? == std::fs::read(second)?, "the discs differ");
+    Ok(())
+}
+
+/// What the text screen shows, read by QEMU's machine protocol.
+fn screen(folder: &Path) -> Result<String> {
+    let memory = folder.join("screen");
+    let stream = UnixStream::connect(folder.join("qmp"))?;
+    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+    let mut lines = BufReader::new(stream.try_clone()?).lines();
+    let mut answers = 0;
+    let save = format!(
+        "{{\"execute\":\"pmemsave\",\"arguments\":{{\"val\":{},\"size\":4000,\"filename\":\"{}\"}}}}",
+        0xb_8000,
+        memory.display()
+    );
+    writeln!(&stream, "{{\"execute\":\"qmp_capabilities\"}}\n{save}")?;
+    while answers < 2 {
+        let line = lines.next().context("the end of the connection")??;
+        ensure!(!line.contains("\"error\""), "{line}");
+        answers += usize::from(line.contains("\"return\""));
+    }
+    let cells = std::fs::read(memory)?;
+    Ok(cells.iter().step_by(2).map(|byte| char::from(*byte)).collect())
+}
+
+/// Without a debug console a machine looks like a PC: the verdict is on the screen, the exit port
+/// is left alone, although there is an exit, and the machine stands still.
+#[test]
+fn a_pc_shows_the_verdict_and_stands_still() -> Result<()> {
+    const LIMIT: Duration = Duration::from_secs(60);
+    let built = artifacts::ensure()?;
+    let folder = tempfile::tempdir()?;
+    let qmp = format!("unix:{},server=on,wait=off", folder.path().join("qmp").display());
+    let machine = Machine {
+        kernel: Some(built.guest.clone()),
+        append: Some("no-reboot".into()),
+        roms: vec![Attachment::OptionRom(built.native.clone())],
+        extra: vec!["-qmp".into(), qmp.into()],
+        ..Machine::default()
+    };
+    let mut running = machine.start(&built.emulator)?;
+    let start = Instant::now();
+    let shown = loop {
+        std::thread::sleep(Duration::from_millis(500));
+        ensure!(running.is_alive()?, "QEMU ended");
+        match screen(folder.path()) {
+            Ok(shown) if shown.contains("PASSED: ") => break shown,
+            Ok(shown) => ensure!(start.elapsed() < LIMIT, "no verdict: {shown}"),
+            Err(error) => ensure!(start.elapsed() < LIMIT, "no screen: {error:#}"),
+        }
+    };
+    assert!(shown.contains(" checks hold"), "{shown}");
+    std::thread::sleep(Duration::from_secs(1));
+    assert!(running.is_alive()?, "the guest wrote to the exit port");
     Ok(())
 }
