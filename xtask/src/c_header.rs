@@ -20,7 +20,7 @@ use vmi_abi::header::{
 use vmi_abi::probe::{SCAN_AREA, SCAN_STEP};
 use vmi_abi::state::{ApState, DescriptorTable};
 use vmi_abi::{
-    Argument, CALLS_3_0, CALLS_13, Call, Contract, Deferral, Ending, KEEP_SITE, Place,
+    Answers, Argument, CALLS_3_0, CALLS_13, Call, Contract, Deferral, Ending, KEEP_SITE, Place,
     REVISION_3_0, REVISION_13_0, REVISION_13_3, Registers, RelocationInfo, RelocationType,
 };
 use vmi_native_backend::binding::{Bind, SiteRule, answer};
@@ -578,18 +578,21 @@ fn line(text: &mut String, arguments: std::fmt::Arguments<'_>) {
     let _ = writeln!(text, "{arguments}");
 }
 
-/// Adds a comment, broken into lines.
+/// Adds a comment, broken into lines. A line break in it stays.
 fn comment(text: &mut String, words: &str) {
-    let mut lines = vec![String::new()];
-    for word in words.split_whitespace() {
-        if let Some(last) = lines.last_mut().filter(|last| last.len() + word.len() < COLUMNS - 4) {
+    let mut lines = Vec::new();
+    for paragraph in words.lines() {
+        let mut last = String::new();
+        for word in paragraph.split_whitespace() {
+            if last.len() + word.len() > COLUMNS - 4 {
+                lines.push(std::mem::take(&mut last));
+            }
             if !last.is_empty() {
                 last.push(' ');
             }
             last.push_str(word);
-        } else {
-            lines.push(word.to_owned());
         }
+        lines.push(last);
     }
     match &lines[..] {
         [single] => line(text, format_args!("/* {single} */")),
@@ -606,9 +609,10 @@ fn comment(text: &mut String, words: &str) {
 fn write_structure(text: &mut String, structure: &Structure) {
     comment(text, structure.meaning);
     line(text, format_args!("struct {} {{", structure.name));
-    for Field { name, kind: (kind, count), .. } in &structure.fields {
+    for Field { name, kind: (kind, count), offset, .. } in &structure.fields {
         let count = count.map(|count| format!("[{count}]")).unwrap_or_default();
-        line(text, format_args!("    {kind} {name}{count};"));
+        let field = format!("{kind:<7} {name}{count};");
+        line(text, format_args!("    {field:<36} /* {offset:3} */"));
     }
     text.push_str("} __attribute__((__packed__));\n\n");
 }
@@ -629,7 +633,10 @@ fn write_call(text: &mut String, call: &Call) {
         facts.push(format!("in: {}", reference::arguments(contract.arguments)));
     }
     if !contract.results.is_empty() {
-        facts.push(format!("out: {}", reference::registers(contract.results)));
+        facts.push(match contract.results {
+            Registers::EDX_EAX => "out: EDX:EAX".to_owned(),
+            results => format!("out: {}", reference::registers(results)),
+        });
     }
     let clobbers = contract.clobbers.difference(contract.results);
     if contract.ending == Ending::Returns && !clobbers.is_empty() {
@@ -641,7 +648,7 @@ fn write_call(text: &mut String, call: &Call) {
         Deferral::LazyCpu => facts.push("may wait in lazy CPU mode".into()),
     }
     if !facts.is_empty() {
-        let _ = write!(words, " [{}]", facts.join("; "));
+        let _ = write!(words, "\n{}", facts.join("; "));
     }
     comment(text, &words);
 
@@ -833,11 +840,12 @@ fn write_bind(text: &mut String) {
         text,
         "Binds every call of revision 3.0: to what the ROM answers, and where it answers NONE to the linked-in routine. \
          `rom` is a ROM that vmi_init has prepared, or null for none; vmi_native_rom is one like any other, and may \
-         rewrite call sites if the kernel lets it. A pointer that is bound may be changed only as long as it has not \
+         rewrite call sites if the kernel lets it. The result is 0, or 1 if the ROM gave an answer that the interface does \
+         not allow: then it should not be used. A pointer that is bound may be changed only as long as it has not \
          been called through: the site may look at it no more.",
     );
     text.push_str(
-        "static VMI_INLINE void vmi_bind(struct vmi_calls *calls, const struct vmi_rom_header *rom)\n{\n",
+        "static VMI_INLINE int vmi_bind(struct vmi_calls *calls, const struct vmi_rom_header *rom)\n{\n    int is_wrong = 0;\n\n",
     );
     for call in CALLS_3_0 {
         let name = call.name;
@@ -846,7 +854,8 @@ fn write_bind(text: &mut String) {
         line(
             text,
             format_args!(
-                "    calls->{name} = (vmi_{name}_fn)vmi_resolve(\n        rom, VMI_CALL_{name}, {own});"
+                "    calls->{name} = (vmi_{name}_fn)vmi_resolve(\n        rom, VMI_CALL_{name}, {:#x}, {own}, &is_wrong);",
+                call.contract.answers.bits(),
             ),
         );
     }
@@ -860,5 +869,13 @@ fn write_bind(text: &mut String) {
             ),
         );
     }
-    text.push_str("}\n");
+    text.push_str("    return is_wrong;\n}\n");
 }
+
+// The kinds of answers are the bits of their set.
+const _: () = {
+    assert!(Answers::NONE.bits() == 1 << RelocationType::NONE.0);
+    assert!(Answers::CALL_REL.bits() == 1 << RelocationType::CALL_REL.0);
+    assert!(Answers::JUMP_REL.bits() == 1 << RelocationType::JUMP_REL.0);
+    assert!(Answers::NOP.bits() == 1 << RelocationType::NOP.0);
+};

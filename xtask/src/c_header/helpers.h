@@ -71,15 +71,20 @@ static VMI_INLINE VMI_REGPARM void vmi_nothing(void)
 {
 }
 
-/* The address that a call is bound to: the ROM's or, where it answers NONE, the kernel's own. */
+/*
+ * The address that a call is bound to: the ROM's or, where it answers NONE, the kernel's own. `allowed` has a bit
+ * for each kind of answer that the contract allows; *is_wrong becomes 1 if it is another one.
+ */
 static VMI_INLINE vmi_address vmi_resolve(
-    const struct vmi_rom_header *rom, vmi_u32 call, vmi_address own)
+    const struct vmi_rom_header *rom, vmi_u32 call, unsigned allowed, vmi_address own, int *is_wrong)
 {
     struct vmi_relocation_info info;
 
     if (!rom)
         return own;
     info = vmi_get_reloc(rom, call);
+    if (info.kind > VMI_RELOCATION_NOP || !(allowed >> info.kind & 1))
+        *is_wrong = 1;
     switch (info.kind) {
     case VMI_RELOCATION_CALL_REL:
     case VMI_RELOCATION_JUMP_REL:
