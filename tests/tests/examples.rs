@@ -1,6 +1,6 @@
 //! The example kernels: one binary, with the platform's ROM and without.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic};
 use object::{Object, ObjectSection, ObjectSymbol};
 use std::ops::Range;
@@ -13,34 +13,57 @@ use xtask::qemu::{Attachment, BANNER, Machine, Model, Outcome, Run};
 use xtask::toolchain::Findings;
 use xtask::{artifacts, examples};
 
-/// The kernel in Rust, built once.
-fn rust_kernel() -> Result<&'static Path> {
-    static BUILT: OnceLock<Result<PathBuf, String>> = OnceLock::new();
-    let build = || examples::rust_kernel(&Tools::from_findings(&Findings::gather())?);
-    let built = BUILT.get_or_init(|| build().map_err(|error| format!("{error:#}")));
-    built.as_deref().map_err(|error| anyhow::anyhow!("{error}"))
+/// A kernel, with the name that its lines begin with.
+struct Kernel {
+    name: &'static str,
+    path: PathBuf,
 }
 
-/// Boots the kernel in Rust.
-fn boot(rom: Option<&Path>, model: Model) -> Result<Run> {
+/// The kernels, built once: the one in Rust, and the one in C by each compiler.
+fn kernels() -> Result<&'static [Kernel]> {
+    static BUILT: OnceLock<Result<Vec<Kernel>, String>> = OnceLock::new();
+    let build = || -> Result<Vec<Kernel>> {
+        let findings = Findings::gather();
+        let tools = Tools::from_findings(&findings)?;
+        let rust = Kernel { name: "rust-kernel", path: examples::rust_kernel(&tools)? };
+        let mut kernels = vec![rust];
+        // GCC's comes last, and stays where users find it.
+        for (compilers, name) in [(&findings.clang, "clang"), (&findings.gcc, "gcc")] {
+            let compilers = compilers.as_ref().map_err(|error| anyhow!("{error}"))?;
+            let built = examples::c_kernel(&tools, compilers)?;
+            let path = built.with_file_name(format!("c-kernel-{name}.elf"));
+            std::fs::copy(built, &path)?;
+            kernels.push(Kernel { name: "c-kernel", path });
+        }
+        Ok(kernels)
+    };
+    let built = BUILT.get_or_init(|| build().map_err(|error| format!("{error:#}")));
+    built.as_deref().map_err(|error| anyhow!("{error}"))
+}
+
+/// Boots a kernel.
+fn boot(kernel: &Kernel, rom: Option<&Path>, model: Model) -> Result<Run> {
     let machine = Machine {
         model,
         roms: rom.into_iter().map(|rom| Attachment::OptionRom(rom.to_owned())).collect(),
-        kernel: Some(rust_kernel()?.to_owned()),
+        kernel: Some(kernel.path.clone()),
         append: Some("debug-exit".into()),
-        marker: "rust-kernel: done: ".into(),
+        marker: format!("{}: done: ", kernel.name),
         banner: rom.map(|_| BANNER.into()),
         ..Machine::default()
     };
     Ok(machine.run(&artifacts::ensure()?.emulator)?)
 }
 
-/// Boots the kernel in Rust, and wants it to come to its end by a ROM at the place that its first line names.
-fn passes(rom: Option<&Path>, model: Model, place: &str) -> Result<()> {
-    let Run { outcome, serial, command, .. } = boot(rom, model)?;
-    ensure!(outcome == Outcome::Passed, "{outcome}\n{command}\n{serial}");
-    let first = serial.lines().find(|line| line.starts_with("rust-kernel")).unwrap_or_default();
-    ensure!(first.starts_with(&format!("rust-kernel: VMI 3.0, {place}, at 0x")), "{serial}");
+/// Boots each kernel, and wants it to come to its end by a ROM at the place that its first line names.
+fn pass(rom: Option<&Path>, model: Model, place: &str) -> Result<()> {
+    for kernel in kernels()? {
+        let Run { outcome, serial, command, .. } = boot(kernel, rom, model)?;
+        ensure!(outcome == Outcome::Passed, "{outcome}\n{command}\n{serial}");
+        let first = serial.lines().find(|line| line.starts_with(kernel.name)).unwrap_or_default();
+        let wanted = format!("{}: VMI 3.0, {place}, at 0x", kernel.name);
+        ensure!(first.starts_with(&wanted), "{serial}");
+    }
     Ok(())
 }
 
@@ -48,13 +71,13 @@ const PLATFORM: &str = "platform ROM";
 const LINKED: &str = "linked in";
 
 #[test]
-fn one_kernel_runs_with_each_rom_and_without() -> Result<()> {
+fn one_binary_runs_with_each_rom_and_without() -> Result<()> {
     let built = artifacts::ensure()?;
     for model in [Model::Pc, Model::Q35] {
         for rom in [&built.native, &built.fastest, &built.call] {
-            passes(Some(rom), model, PLATFORM)?;
+            pass(Some(rom), model, PLATFORM)?;
         }
-        passes(None, model, LINKED)?;
+        pass(None, model, LINKED)?;
     }
     Ok(())
 }
@@ -63,12 +86,12 @@ fn one_kernel_runs_with_each_rom_and_without() -> Result<()> {
 #[test]
 fn a_rom_that_is_no_use_is_left_alone() -> Result<()> {
     let built = artifacts::ensure()?;
-    passes(Some(&built.slots_13_3), Model::Pc, LINKED)?;
+    pass(Some(&built.slots_13_3), Model::Pc, LINKED)?;
     let specimen = Specimen::read(&built.call, &built.call_elf)?;
     let folder = tempfile::tempdir()?;
     let rom = folder.path().join("nop.rom");
     std::fs::write(&rom, specimen.with_nop([number::SetCR3])?)?;
-    passes(Some(&rom), Model::Pc, LINKED)
+    pass(Some(&rom), Model::Pc, LINKED)
 }
 
 /// NOP is all that a call needs by which a kernel only tells something.
@@ -80,10 +103,10 @@ fn a_rom_may_do_nothing_where_it_is_only_told() -> Result<()> {
     let rom = folder.path().join("nop.rom");
     let told = [number::AllocatePage, number::IODelay, number::SetLazyMode];
     std::fs::write(&rom, specimen.with_nop(told)?)?;
-    passes(Some(&rom), Model::Pc, PLATFORM)
+    pass(Some(&rom), Model::Pc, PLATFORM)
 }
 
-/// The kernel depends on the calls: it does not come to its end with a ROM that leaves out what one of them does.
+/// The kernels depend on the calls: none comes to its end with a ROM that leaves out what one of them does.
 #[test]
 fn a_rom_that_does_not_do_its_work_fails() -> Result<()> {
     let built = artifacts::ensure()?;
@@ -92,8 +115,10 @@ fn a_rom_that_does_not_do_its_work_fails() -> Result<()> {
     let rom = folder.path().join("lazy.rom");
     for call in [number::SetPxE, number::InvalPage, number::UpdateKernelStack, number::SetCR3] {
         std::fs::write(&rom, specimen.with_code(call, |assembler, _| assembler.ret())?)?;
-        let run = boot(Some(&rom), Model::Pc)?;
-        ensure!(run.outcome != Outcome::Passed, "call {}: {}", call.0, run.serial);
+        for kernel in kernels()? {
+            let run = boot(kernel, Some(&rom), Model::Pc)?;
+            ensure!(run.outcome != Outcome::Passed, "call {}: {}", call.0, run.serial);
+        }
     }
     Ok(())
 }
@@ -143,9 +168,11 @@ fn sensitive_instructions(kernel: &Path) -> Result<(Vec<String>, Vec<String>)> {
 
 #[test]
 fn whatever_needs_ring_0_is_a_call() -> Result<()> {
-    let (inside, outside) = sensitive_instructions(rust_kernel()?)?;
-    ensure!(outside.is_empty(), "{outside:#?}");
-    // They are found where they are: the ROM that is linked in has nothing else to do.
-    ensure!(inside.len() > 40, "{inside:#?}");
+    for Kernel { path, .. } in kernels()? {
+        let (inside, outside) = sensitive_instructions(path)?;
+        ensure!(outside.is_empty(), "{outside:#?}");
+        // They are found where they are: the ROM that is linked in has nothing else to do.
+        ensure!(inside.len() > 40, "{inside:#?}");
+    }
     Ok(())
 }

@@ -8,6 +8,7 @@
 //! - [`image`]: makes the finished image from the linked file, or refuses,
 //! - [`link`]: the form that a kernel links,
 //! - [`c_header`]: the interface for C,
+//! - [`examples`]: the example kernels,
 //! - [`artifacts`]: what a build leaves behind, built once,
 //! - [`qemu`]: one run of a machine,
 //! - [`tap`]: what the test guest reports,

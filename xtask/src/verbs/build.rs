@@ -1,10 +1,11 @@
 //! `cargo xtask build`.
 
 use crate::build::{self, Form, Rom, Tools};
+use crate::examples;
 use crate::link;
 use crate::table::{Align, Cell, DIM, Table};
 use crate::toolchain::Need;
-use anyhow::{Result, bail};
+use anyhow::{Result, anyhow, bail};
 use sha2::{Digest, Sha256};
 use std::process::ExitCode;
 use vmi_abi::{CALLS_3_0, REVISION_3_0, REVISION_13_0, REVISION_13_3, RelocationType, Revision};
@@ -25,6 +26,10 @@ pub struct Args {
     /// the native calls and nothing else.
     #[arg(long, conflicts_with_all = ["bind", "card"])]
     link: bool,
+
+    /// Instead of images, build the example kernels: target/examples/*.elf.
+    #[arg(long, conflicts_with_all = ["bind", "card", "api", "link"])]
+    examples: bool,
 
     /// Of revision 3.0: what the image answers, and whether short calls become native code where
     /// they are called. A ROM of 13.x has no answers to choose from. [default: all]
@@ -124,6 +129,9 @@ fn forms(args: &Args) -> Result<Vec<Form>> {
 ///
 /// Something that the build needs is missing, or the build fails.
 pub fn run(args: &Args) -> Result<ExitCode> {
+    if args.examples {
+        return examples();
+    }
     let forms = forms(args)?;
     let findings = super::setup::provide(Need::BUILD)?;
     let tools = Tools::from_findings(&findings)?;
@@ -187,6 +195,17 @@ fn link(tools: &Tools, api: Api) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Builds the example kernels.
+fn examples() -> Result<ExitCode> {
+    let findings = super::setup::provide(Need::EXAMPLES)?;
+    let tools = Tools::from_findings(&findings)?;
+    let gcc = findings.gcc.as_ref().map_err(|reason| anyhow!("{reason}"))?;
+    for path in [examples::c_kernel(&tools, gcc)?, examples::rust_kernel(&tools)?] {
+        anstream::println!("{}", build::shown(&path));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
 /// As many digits of the sum as tell two images apart.
 fn sum(bytes: &[u8]) -> Cell {
     let digits: String =
@@ -221,7 +240,9 @@ mod tests {
 
     #[test]
     fn answers_are_chosen_for_revision_3_0_only() {
-        let asked = |api, bind| forms(&Args { api: Some(api), link: false, bind, card: None });
+        let asked = |api, bind| {
+            forms(&Args { api: Some(api), link: false, examples: false, bind, card: None })
+        };
         let names = |api, bind| -> Vec<&str> {
             asked(api, bind).expect("sensible").into_iter().map(Form::name).collect()
         };
