@@ -340,7 +340,8 @@ vmi_u32 start(void)
     if (vmi_init(rom))
         return 1;
     vmi_native_set_site_rule(VMI_SITE_RULE_ANYWHERE);
-    vmi_bind(&calls, rom);
+    if (vmi_bind(&calls, rom))
+        return 2;
     vmi_DisableInterrupts(calls.DisableInterrupts);
     calls.SetCR3(calls.GetCR3());
     vmi_IRET(calls.IRET, calls.IRET_kind, &calls);
@@ -369,6 +370,33 @@ fn the_header_is_c_and_cxx_of_every_standard() -> Result<()> {
             command.args(WARNINGS).args(["-O1", "-c", "-x", language]);
             command.arg(format!("-std={standard}")).arg("-I").arg(include);
             quietly(command.arg("-o").arg(folder.path().join("program.o")).arg(&source))?;
+        }
+    }
+    Ok(())
+}
+
+/// What the page shows is what compiles.
+#[test]
+fn the_page_compiles() -> Result<()> {
+    let Built { links, compilers, .. } = built()?;
+    let page = std::fs::read_to_string(xtask::workspace().join("docs/linking.md"))?;
+    let block = |language: &str| {
+        let (_, rest) = page.split_once(&format!("```{language}\n")).context("a block")?;
+        rest.split_once("```").map(|(code, _)| code).context("its end")
+    };
+    let folder = tempfile::tempdir()?;
+    let assembly = format!(
+        "#include \"vmi.h\"\n{}\n.section .note.GNU-stack, \"\", @progbits\n",
+        block("asm")?
+    );
+    let sources =
+        [write(folder.path(), "page.c", block("c")?)?, write(folder.path(), "page.S", &assembly)?];
+    let include = links[0].header.parent().context("a folder")?;
+    for compiler in compilers {
+        for source in &sources {
+            let mut command = compiler.c();
+            command.args(WARNINGS).args(["-O2", "-c", "-I"]).arg(include);
+            quietly(command.arg("-o").arg(folder.path().join("page.o")).arg(source))?;
         }
     }
     Ok(())
