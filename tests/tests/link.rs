@@ -206,16 +206,30 @@ fn value(position: usize) -> u64 {
     0x1122_3344_0000_1000 * (position as u64 + 1)
 }
 
-/// An argument with its value as C has it.
-fn argument(call: &Call, position: usize, argument: &Argument) -> String {
+/// The variables of 32 bits that an argument comes from, with their values.
+fn variables(position: usize, argument: &Argument) -> Vec<(String, u32)> {
     let value = value(position);
-    match argument_type(call, argument) {
-        "vmi_u64 " => {
-            format!("((vmi_u64){:#x}u << 32 | {:#x}u)", (value >> 32) as u32, value as u32)
+    let low = (format!("low_{position}"), value as u32);
+    match argument.place {
+        Place::Frame => Vec::new(),
+        Place::EdxEax | Place::EcxEdx | Place::StackPair => {
+            vec![low, (format!("high_{position}"), (value >> 32) as u32)]
         }
-        other => format!("({}){:#x}u", other.trim_end(), value as u32),
+        _ => vec![low],
     }
 }
+
+/// An argument in C, made of its variables.
+fn argument(call: &Call, position: usize, argument: &Argument) -> String {
+    match argument_type(call, argument) {
+        "vmi_u64 " => format!("((vmi_u64)high_{position} << 32 | low_{position})"),
+        other => format!("({})low_{position}", other.trim_end()),
+    }
+}
+
+/// Values that have nothing to do with a call, and are wanted again behind it.
+const BESIDE: [(&str, u32); 4] =
+    [("one", 0x101), ("two", 0x202), ("three", 0x303), ("four", 0x404)];
 
 /// Where the frame for IRET lies.
 const FRAME: u32 = STACK + 0x180;
@@ -314,18 +328,37 @@ fn program() -> String {
     for size in [1, 2, 4, 8] {
         assert(&mut text, format!("sizeof(vmi_u{}) == {size}", size * 8));
     }
+    text.push_str("#define HIDE(name) __asm__ __volatile__(\"\" : \"+g\"(name))\n");
     text.push_str("#if defined(__cplusplus)\nextern \"C\" {\n#endif\n");
     for call in CALLS_3_0.iter().filter(|call| is_linked(call)) {
         for is_inline in ways(call) {
             let name = function(call, is_inline);
             let call_it = expression(call, is_inline);
-            let body = match call.contract.results {
-                Registers::EAX | Registers::EDX_EAX => format!("return {call_it};"),
-                results if results.is_empty() => format!("{call_it}; return 0;"),
-                _ => format!(
-                    "vmi_u32 a, b, c, d; {call_it}; return (vmi_u64)(b ^ (c << 1)) << 32 | (a ^ (d << 1));"
-                ),
+            let made = match call.contract.results {
+                Registers::EAX | Registers::EDX_EAX => format!("result = {call_it}"),
+                results if results.is_empty() => call_it,
+                _ => format!("{call_it}; result = (vmi_u64)(b ^ (c << 1)) << 32 | (a ^ (d << 1))"),
             };
+            // The compiler knows none of the values, and has to bring all of them across the call.
+            let variables: Vec<(String, u32)> = call
+                .contract
+                .arguments
+                .iter()
+                .enumerate()
+                .flat_map(|(position, argument)| variables(position, argument))
+                .chain(BESIDE.map(|(name, value)| (name.to_owned(), value)))
+                .collect();
+            let each = |write: &dyn Fn(&str, u32) -> String, between: &str| {
+                let all = variables.iter().map(|(name, value)| write(name, *value));
+                all.collect::<Vec<_>>().join(between)
+            };
+            let values = each(&|name, value| format!("{name} = {value:#x}u"), ", ");
+            let hidden = each(&|name, _| format!("HIDE({name});"), " ");
+            let wanted = each(&|name, value| format!("{name} == {value:#x}u"), " && ");
+            let locals = if call.number == Some(number::CPUID) { ", a, b, c, d" } else { "" };
+            let body = format!(
+                "vmi_u64 result = 0; vmi_u32 {values}{locals}; {hidden} {made}; {hidden} return {wanted} ? result : ~result;"
+            );
             let _ = writeln!(text, "vmi_u64 {name}(void);\nvmi_u64 {name}(void) {{ {body} }}");
         }
     }
@@ -587,7 +620,7 @@ fn execute(call: &Call, code: &Code<'_>, text: &[u8], start: u32, routine: u32) 
     ensure!(machine.registers.get(Register::ESP) == STACK + 0x204, "the stack is not level");
     let (a, c, d, b) = (CHANGED, CHANGED + 1, CHANGED + 2, CHANGED + 3);
     let (low, high) = match call.contract.results {
-        results if results.is_empty() => return Ok(()),
+        results if results.is_empty() => (0, 0),
         Registers::EAX => (a, 0),
         Registers::EDX_EAX => (a, d),
         _ => (a ^ (d << 1), b ^ (c << 1)),
