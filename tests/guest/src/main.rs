@@ -15,6 +15,7 @@
 //! - `session`, `report`: which call is under test, what was found,
 //! - `crowd`: several processors at one call site,
 //! - `costs`: instructions of what a kernel does, with the ROM and without,
+//! - `functions`: the functions that `vmi-abi` makes of the calls,
 //! - `checks`: one function for each call, under the specification's name.
 
 #![cfg_attr(target_os = "none", no_std, no_main)]
@@ -35,6 +36,8 @@ mod costs;
 mod crowd;
 #[cfg(target_os = "none")]
 mod devices;
+#[cfg(target_os = "none")]
+mod functions;
 #[cfg(target_os = "none")]
 mod harness;
 #[cfg(target_os = "none")]

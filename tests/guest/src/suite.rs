@@ -15,7 +15,7 @@ use crate::rom::{self, Rom};
 use crate::session::Session;
 use crate::site::{self, Place, Rewriting};
 use crate::traps;
-use crate::{checks, command_line, console, costs, crowd, devices, segments};
+use crate::{checks, command_line, console, costs, crowd, devices, functions, segments};
 use vmi_abi::flags::RebootKind;
 use vmi_abi::header::checksum;
 use vmi_abi::probe::{Refusal, license};
@@ -113,6 +113,7 @@ fn find(client: Client, passed_over: impl FnMut(u32, Refusal)) -> Rom {
 
 fn first_start(client: Client) -> ! {
     line!("TAP version 14");
+    functions::check();
     let mut report = Report::default();
     let space = Space::new(Mode::NonPae);
     space.activate();
