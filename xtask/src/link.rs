@@ -70,7 +70,7 @@ pub fn build(tools: &Tools, revision: Revision) -> Result<Link> {
     let bytes = contents(&rom.image.bytes, &places)?;
     write(&archive, &library(&format!("{stem}.o"), &bytes)?)?;
     write(&object, &bytes)?;
-    let header = folder.join(c_header::NAME);
+    let header = header_path();
     write(&header, c_header::text().as_bytes())?;
     Ok(Link { rom, object, archive, header, symbols: places.len() })
 }
@@ -79,6 +79,12 @@ pub fn build(tools: &Tools, revision: Revision) -> Result<Link> {
 #[must_use]
 pub fn prefix(revision: Revision) -> String {
     stem(revision, "_")
+}
+
+/// Where the interface for C lands.
+#[must_use]
+pub fn header_path() -> PathBuf {
+    folder().join(c_header::NAME)
 }
 
 /// Where the files land.

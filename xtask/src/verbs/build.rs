@@ -23,7 +23,7 @@ pub struct Args {
     api: Option<Api>,
 
     /// Instead of images, build what a kernel links: in target/link/ an object and a library with
-    /// the native calls and nothing else.
+    /// the native calls and nothing else, and vmi.h, the interface for C.
     #[arg(long, conflicts_with_all = ["bind", "card"])]
     link: bool,
 
@@ -192,6 +192,7 @@ fn link(tools: &Tools, api: Api) -> Result<ExitCode> {
         }
     }
     anstream::print!("{}", table.render());
+    anstream::println!("{}", build::shown(&link::header_path()));
     Ok(ExitCode::SUCCESS)
 }
 
