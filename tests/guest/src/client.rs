@@ -21,12 +21,11 @@ pub(crate) enum Client {
 impl Client {
     /// The client that the command line asks for by its revision, `client=13.3`; without that Linux.
     pub(crate) fn wanted() -> Option<Self> {
-        match command_line::value("client") {
-            None | Some("3.0") => Some(Self::Lookup),
-            Some("13.0") => Some(Self::CopiedSlots),
-            Some("13.3") => Some(Self::PointerTable),
-            Some(_) => None,
-        }
+        let Some(revision) = command_line::value("client") else { return Some(Self::Lookup) };
+        let (major, minor) = revision.split_once('.')?;
+        let wanted = Revision { major: major.parse().ok()?, minor: minor.parse().ok()? };
+        let all = [Self::Lookup, Self::CopiedSlots, Self::PointerTable];
+        all.into_iter().find(|client| client.revision() == wanted)
     }
 
     /// The revision that it asks for.

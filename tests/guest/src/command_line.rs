@@ -49,7 +49,6 @@ pub(crate) fn has(word: &str) -> bool {
 }
 
 /// What follows `key=` on the line; of several the last.
-#[allow(dead_code, reason = "for words that choose")]
 pub(crate) fn value(key: &str) -> Option<&'static str> {
     let of_key = |word: &'static str| word.strip_prefix(key)?.strip_prefix('=');
     words().filter_map(of_key).last()
