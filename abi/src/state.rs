@@ -27,6 +27,15 @@ pub struct DescriptorTable {
     pub base: U32,
 }
 
+impl DescriptorTable {
+    /// The table of so many descriptors, at an address that is linear.
+    #[must_use]
+    pub fn of<const N: usize>(table: *const [u64; N]) -> Self {
+        const { assert!(N > 0 && N <= 0x2000, "from 8 bytes to 64 KiB") };
+        Self { limit: U16::new((N * 8 - 1) as u16), base: U32::new(table.addr() as u32) }
+    }
+}
+
 const_assert_eq!(size_of::<DescriptorTable>(), 6);
 const_assert_eq!(offset_of!(DescriptorTable, base), 2);
 
@@ -90,3 +99,16 @@ const_assert_eq!(offset_of!(ApState, gdtr_limit), 78);
 const_assert_eq!(offset_of!(ApState, gdtr_base), 80);
 const_assert_eq!(offset_of!(ApState, idtr_base), 84);
 const_assert_eq!(offset_of!(ApState, idtr_limit), 88);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_descriptor_table_is_named_by_its_last_byte() {
+        let named = DescriptorTable::of(core::ptr::without_provenance::<[u64; 6]>(0x1234_5678));
+        assert_eq!(named.as_bytes(), [47, 0, 0x78, 0x56, 0x34, 0x12]);
+        let largest = DescriptorTable::of(core::ptr::null::<[u64; 0x2000]>());
+        assert_eq!((largest.limit.get(), largest.base.get()), (0xffff, 0));
+    }
+}
