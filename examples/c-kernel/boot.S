@@ -9,13 +9,12 @@
         .long   multiboot_magic, 0, -multiboot_magic
 
 /*
- * Flat segments, no paging, interrupts disabled; EBX: what the loader has to say. No privileged instruction is
- * executed here, nor anywhere else in this kernel: what has to be done is done by calls.
+ * Flat segments, no paging, interrupts disabled. No privileged instruction is executed here, nor anywhere else in
+ * this kernel: what has to be done is done by calls.
  */
         .text
         .globl  boot
 boot:   movl    $stack_top, %esp
-        movl    %ebx, %eax
         cld
         call    kernel
         ud2
@@ -34,33 +33,19 @@ load_segments:
         ret
 
 /*
- * One entry for each vector, and its address in the table `entries`: the exceptions and IRQ 0, and behind them the
- * system call. The processor pushes an error code for some, for the others a zero stands in.
+ * An entry of 16 bytes for each vector up to the system call's pushes it. Exceptions are the end, so it does no harm
+ * that the processor pushes an error code before some.
  */
-        .altmacro
-        .macro  entry vector
-        .pushsection .rodata
-        .long   entry_\vector
-        .popsection
-entry_\vector:
-        .if     \vector != 8 && \vector != 17 && (\vector < 10 || \vector > 14)
-        pushl   $0
-        .endif
-        pushl   $\vector
-        jmp     common
-        .endm
-
-        .pushsection .rodata
-        .balign 4
+        .balign 16
         .globl  entries
 entries:
-        .popsection
         .set    vector, 0
-        .rept   33
-        entry   %vector
+        .rept   128 + 1
+        .balign 16
+        pushl   $vector
+        jmp     common
         .set    vector, vector + 1
         .endr
-        entry   128
 
 /* struct frame of kernel.c is what lies on the stack now. */
 common: pushal
@@ -79,7 +64,7 @@ resume: movl    %eax, %esp
         popl    %es
         popl    %ds
         popal
-        addl    $8, %esp
+        addl    $4, %esp                /* The vector. */
 /* The segment registers are the process's from here on: memory is reached through SS alone. */
         cmpl    $VMI_RELOCATION_CALL_REL, %ss:calls + VMI_CALLS_IRET_kind
         je      1f

@@ -47,7 +47,6 @@ fn boot(kernel: &Kernel, rom: Option<&Path>, model: Model) -> Result<Run> {
         model,
         roms: rom.into_iter().map(|rom| Attachment::OptionRom(rom.to_owned())).collect(),
         kernel: Some(kernel.path.clone()),
-        append: Some("debug-exit".into()),
         marker: format!("{}: done: ", kernel.name),
         banner: rom.map(|_| BANNER.into()),
         ..Machine::default()
@@ -173,6 +172,23 @@ fn whatever_needs_ring_0_is_a_call() -> Result<()> {
         ensure!(outside.is_empty(), "{outside:#?}");
         // They are found where they are: the ROM that is linked in has nothing else to do.
         ensure!(inside.len() > 40, "{inside:#?}");
+    }
+    Ok(())
+}
+
+/// Who learns from an example reads all of it: less than 500 lines in all its sources.
+#[test]
+fn an_example_is_short() -> Result<()> {
+    fn lines(path: &Path) -> Result<usize> {
+        if path.is_dir() {
+            return std::fs::read_dir(path)?.map(|entry| lines(&entry?.path())).sum();
+        }
+        let is_source = path.file_name().is_some_and(|name| name != "Cargo.toml");
+        Ok(if is_source { std::fs::read_to_string(path)?.lines().count() } else { 0 })
+    }
+    for example in ["examples/rust-kernel", "examples/c-kernel"] {
+        let lines = lines(&xtask::workspace().join(example))?;
+        ensure!((300..500).contains(&lines), "{example} has {lines} lines");
     }
     Ok(())
 }

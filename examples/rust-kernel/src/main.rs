@@ -1,4 +1,4 @@
-//! A small kernel on VMI: see `kernel.rs`.
+//! A small kernel on VMI: see `kernel.rs`. On the host this only says how it is built.
 
 #![cfg_attr(target_os = "none", no_std, no_main)]
 
