@@ -8,17 +8,29 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 use xtask::artifacts::{self, Artifacts};
-use xtask::iso::{self, Entry};
+use xtask::iso::{self, Entry, Kernels};
 use xtask::qemu::{Attachment, Machine, Model, Outcome};
 use xtask::tap::Report;
 use xtask::toolchain::{Findings, IsoMaker};
 
+fn findings() -> &'static Findings {
+    static FINDINGS: OnceLock<Findings> = OnceLock::new();
+    FINDINGS.get_or_init(Findings::gather)
+}
+
 fn maker() -> Result<&'static IsoMaker> {
-    static MAKER: OnceLock<Result<IsoMaker, String>> = OnceLock::new();
-    MAKER
-        .get_or_init(|| Findings::gather().iso_maker)
-        .as_ref()
-        .map_err(|error| anyhow::anyhow!("{error}; `cargo xtask setup` says how to get it"))
+    let maker = findings().iso_maker.as_ref();
+    maker.map_err(|error| anyhow::anyhow!("{error}; `cargo xtask setup` says how to get it"))
+}
+
+/// The menu's lines, with their kernels.
+fn menu() -> Result<Vec<Entry>> {
+    static KERNELS: OnceLock<Result<Kernels, String>> = OnceLock::new();
+    artifacts::ensure()?;
+    let built = KERNELS
+        .get_or_init(|| Kernels::build(findings()).map_err(|error| format!("{error:#}")))
+        .as_ref();
+    Ok(iso::entries(built.map_err(|error| anyhow::anyhow!("{error}"))?))
 }
 
 /// A disc with these lines of the menu, in a folder that goes with it.
@@ -64,33 +76,59 @@ fn passes(disc: &Path, medium: Medium, rom: OptionRom, machine: &Machine) -> Res
     Ok(run.serial)
 }
 
-/// One test for each line: its name, the machine, the medium, the option ROM.
+/// One test for each line: its name, the machine, the medium, the option ROM, the menu's line.
 macro_rules! discs {
-    ($( $name:ident: $model:ident, $medium:ident, $rom:expr; )*) => { $(
+    ($( $name:ident: $model:ident, $medium:ident, $rom:expr, $title:literal; )*) => { $(
         #[test]
         fn $name() -> Result<()> {
-            let (_folder, disc) = disc(&iso::entries(&artifacts::ensure()?.guest))?;
-            let machine = Machine { model: Model::$model, ..Machine::default() };
-            let serial = passes(&disc, Medium::$medium, $rom, &machine)?;
-            assert_eq!(Report::parse(&serial).complaint(), None, "{serial}");
-            assert!(!serial.contains("# cost "), "time was taken for instructions: {serial}");
-            assert!(serial.contains("GNU GRUB"), "the menu is not on the serial port: {serial}");
-            Ok(())
+            check_disc(Model::$model, Medium::$medium, $rom, $title)
         }
     )* };
 }
 
 discs! {
-    pc_cd: Pc, Cd, Some(|built| &built.native);
-    pc_disk: Pc, Disk, Some(|built| &built.call);
-    q35_cd: Q35, Cd, Some(|built| &built.call);
-    q35_disk: Q35, Disk, Some(|built| &built.native);
+    pc_cd: Pc, Cd, Some(|built| &built.native), "Check the VMI ROM";
+    pc_cd_without_a_rom: Pc, Cd, None, "Check the VMI ROM";
+    pc_disk: Pc, Disk, Some(|built| &built.call), "Check the VMI ROM";
+    q35_cd: Q35, Cd, Some(|built| &built.call), "Check the VMI ROM";
+    q35_disk: Q35, Disk, Some(|built| &built.native), "Check the VMI ROM";
+    q35_disk_without_a_rom: Q35, Disk, None, "Check the VMI ROM";
+    revision_13_0: Pc, Disk, Some(|built| &built.slots_13_0), "Check a ROM of revision 13.0";
+    revision_13_3: Pc, Cd, None, "Check a ROM of revision 13.3";
+    kernel_in_c: Pc, Cd, Some(|built| &built.native), "Example kernel in C";
+    kernel_in_c_without_a_rom: Q35, Disk, None, "Example kernel in C";
+    kernel_in_rust: Q35, Disk, Some(|built| &built.native), "Example kernel in Rust";
+    kernel_in_rust_without_a_rom: Pc, Cd, None, "Example kernel in Rust";
+}
+
+/// Boots a line of the menu: the first of the disc as users have it, or of one that begins with another.
+fn check_disc(model: Model, medium: Medium, rom: OptionRom, title: &str) -> Result<()> {
+    let menu = menu()?;
+    let first = menu.iter().position(|entry| entry.title == title).context("no such line")?;
+    let (_folder, disc) = disc(&menu[first..])?;
+    let is_guest = menu[first].kernel == menu[0].kernel;
+    let default = Machine::default();
+    let example = menu[first].kernel.file_stem().unwrap_or_default().to_string_lossy();
+    let marker = if is_guest { default.marker.clone() } else { format!("{example}: done: ") };
+    let machine = Machine { model, marker, ..default };
+    let serial = passes(&disc, medium, rom, &machine)?;
+    assert!(serial.contains("GNU GRUB"), "the menu is not on the serial port: {serial}");
+    if is_guest {
+        let report = Report::parse(&serial);
+        assert_eq!(report.complaint(), None, "{serial}");
+        assert_eq!(report.rom.map(|found| found.linked), Some(rom.is_none()), "{serial}");
+        assert!(!serial.contains("# cost "), "time was taken for instructions: {serial}");
+    } else {
+        let place = if rom.is_some() { "platform ROM" } else { "linked in" };
+        assert!(serial.contains(&format!("{example}: VMI 3.0, {place}, at ")), "{serial}");
+    }
+    Ok(())
 }
 
 /// The line with resets: GRUB starts the guest again, and leaves alone what it remembers.
 #[test]
 fn the_guest_goes_on_after_a_reset() -> Result<()> {
-    let entries = iso::entries(&artifacts::ensure()?.guest);
+    let entries = menu()?;
     let (_folder, disc) = disc(&entries[1..])?;
     let machine = Machine { no_reboot: false, ..Machine::default() };
     let serial = passes(&disc, Medium::Cd, Some(|built| &built.native), &machine)?;
@@ -103,7 +141,7 @@ fn the_guest_goes_on_after_a_reset() -> Result<()> {
 /// The same files give the same disc, whenever and wherever it is made.
 #[test]
 fn two_discs_have_the_same_bytes() -> Result<()> {
-    let entries = iso::entries(&artifacts::ensure()?.guest);
+    let entries = menu()?;
     let (_first_folder, first) = disc(&entries)?;
     std::thread::sleep(Duration::from_millis(1100));
     let (_second_folder, second) = disc(&entries)?;

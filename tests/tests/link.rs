@@ -74,7 +74,7 @@ fn the_object_holds_the_image_and_nothing_else() -> Result<()> {
         let object = object::File::parse(&*bytes)?;
         assert!(object.sections().all(|section| section.relocations().next().is_none()));
         assert!(object.symbols().all(|symbol| !symbol.is_undefined()));
-        let section = object.section_by_name(".text.vmi_native").context("the section")?;
+        let section = object.section_by_name(".text").context("the section")?;
         assert!(section.data()? == link.rom.image.bytes, "other bytes than the image's");
         assert!(section.align() >= 32);
         let note = object.section_by_name(".note.GNU-stack").context("the note")?;

@@ -2,9 +2,10 @@
 //!
 //! One file is both: its first sector is a boot sector, the rest an ISO 9660 file system.
 
-use crate::build::shown;
+use crate::build::{self, Tools, shown};
+use crate::examples;
 use crate::progress::Progress;
-use crate::toolchain::{IsoMaker, output};
+use crate::toolchain::{Findings, IsoMaker, output};
 use anyhow::{Context, Result};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -36,14 +37,46 @@ pub fn path() -> PathBuf {
     crate::workspace().join("target/iso/vmi.iso")
 }
 
+/// The kernels of the menu.
+#[derive(Clone, Debug)]
+pub struct Kernels {
+    /// The test guest.
+    pub guest: PathBuf,
+    /// The example in C.
+    pub c: PathBuf,
+    /// The example in Rust.
+    pub rust: PathBuf,
+}
+
+impl Kernels {
+    /// Builds them.
+    ///
+    /// # Errors
+    ///
+    /// One of them does not compile, or what it needs is missing.
+    pub fn build(findings: &Findings) -> Result<Self> {
+        let tools = Tools::from_findings(findings)?;
+        let compilers = findings.gcc.as_ref().map_err(|reason| anyhow::anyhow!("{reason}"))?;
+        Ok(Self {
+            guest: build::guest(&tools)?,
+            c: examples::c_kernel(&tools, compilers)?,
+            rust: examples::rust_kernel(&tools)?,
+        })
+    }
+}
+
 /// The menu's lines; the first is booted where nobody chooses.
 #[must_use]
-pub fn entries(guest: &Path) -> Vec<Entry> {
+pub fn entries(Kernels { guest, c, rust }: &Kernels) -> Vec<Entry> {
     let entry =
         |title, kernel: &Path, command_line| Entry { title, kernel: kernel.into(), command_line };
     vec![
         entry("Check the VMI ROM", guest, "no-reboot"),
         entry("Check the VMI ROM, and that it can reset the machine", guest, ""),
+        entry("Check a ROM of revision 13.0", guest, "no-reboot client=13.0"),
+        entry("Check a ROM of revision 13.3", guest, "no-reboot client=13.3"),
+        entry("Example kernel in C", c, ""),
+        entry("Example kernel in Rust", rust, ""),
     ]
 }
 
@@ -107,7 +140,8 @@ mod tests {
 
     #[test]
     fn a_kernel_may_stand_in_the_menu_with_words_and_without() {
-        let text = menu(&entries(Path::new("target/guest/vmi-guest.elf")));
+        let [guest, c, rust] = ["guest/vmi-guest.elf", "c.elf", "rust.elf"].map(PathBuf::from);
+        let text = menu(&entries(&Kernels { guest, c, rust })[..2]);
         let kernels: Vec<&str> =
             text.lines().filter_map(|line| line.trim().strip_prefix("multiboot ")).collect();
         assert_eq!(kernels, ["/boot/vmi-guest.elf no-reboot", "/boot/vmi-guest.elf"]);

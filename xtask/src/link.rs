@@ -34,8 +34,9 @@ pub struct Link {
     pub symbols: usize,
 }
 
-/// Where the image is in the object, on a boundary as slots are.
-const SECTION: &[u8] = b".text.vmi_native";
+/// Where the image is in the object, on a boundary as slots are. Of text sections the scripts of old kernels
+/// list no other, and what they do not list may land in memory that is freed after the start.
+const SECTION: &[u8] = b".text";
 const ALIGNMENT: u64 = 32;
 
 /// A section that says by being there, empty and without flags, that no stack needs to be executable.

@@ -259,7 +259,7 @@ impl Need {
     /// What the example kernels need.
     pub const EXAMPLES: &'static [Self] = &[Self::Compiler, Self::Linker, Self::Gcc];
     /// What a disc needs.
-    pub const ISO: &'static [Self] = &[Self::Compiler, Self::Linker, Self::IsoMaker];
+    pub const ISO: &'static [Self] = &[Self::Compiler, Self::Linker, Self::Gcc, Self::IsoMaker];
     /// What the tests need: everything.
     pub const TEST: &'static [Self] =
         &[Self::Compiler, Self::Linker, Self::Emulator, Self::Gcc, Self::Clang, Self::IsoMaker];

@@ -1,13 +1,13 @@
 //! `cargo xtask iso`.
 
-use crate::build::{self, Tools};
-use crate::iso;
+use crate::build;
+use crate::iso::{self, Kernels};
 use crate::toolchain::Need;
 use anyhow::Result;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-/// Makes a disc that boots the test kernel on a PC with a BIOS: target/iso/vmi.iso.
+/// Makes a disc that boots the test kernel and the examples on a PC with a BIOS: target/iso/vmi.iso.
 ///
 /// The file can be burnt on a CD or written to a USB stick as it is; docs/bare-metal.md tells more.
 #[derive(Debug, clap::Args)]
@@ -25,9 +25,9 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<ExitCode> {
     let findings = super::setup::provide(Need::ISO)?;
     let maker = findings.iso_maker.clone().map_err(anyhow::Error::msg)?;
-    let guest = build::guest(&Tools::from_findings(&findings)?)?;
+    let kernels = Kernels::build(&findings)?;
     let path = args.output.clone().unwrap_or_else(iso::path);
-    iso::make(&maker, &iso::entries(&guest), &path)?;
+    iso::make(&maker, &iso::entries(&kernels), &path)?;
     anstream::println!("{}", build::shown(&path));
     Ok(ExitCode::SUCCESS)
 }
