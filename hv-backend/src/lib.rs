@@ -1,17 +1,29 @@
 //! The VMI calls as hypercalls: the half of the ROM that runs when the machine is not bare.
 //!
 //! Under a hypervisor an update of a page table or descriptor that traps costs thousands of cycles.
-//! VMI lets the ROM collect updates and hand them over together. This crate will hold the queue
-//! (what may wait, in which order it must be seen, what forces it out, what happens when a hypercall
-//! takes only a part) and, one file each, the transports to the hypervisors that it knows. Neither
-//! is here yet: they come together with a hypervisor to try them on.
+//! VMI lets the ROM collect updates and hand them over together.
 //!
-//! What is here needs none: [`detect`] tells who is there. It is a pure function over the CPUID
-//! instruction, so nested and hostile hypervisors are tests on the host too. The caller decides how
-//! the instruction is executed: a Xen PV guest sees Xen only through its forced-emulation prefix.
+//! - [`detect`] tells who is there. It is a pure function over the CPUID instruction, so nested and hostile
+//!   hypervisors are tests on the host too. The caller decides how the instruction is executed: a Xen PV guest sees
+//!   Xen only through its forced-emulation prefix.
+//! - [`Backend`] is the transport to one hypervisor; [`backends!`] makes the closed list from which `vmi_init`
+//!   chooses once. There is none for a real hypervisor yet.
+//! - [`Queue`] holds the [updates](Update) of one processor that may wait.
 
 #![no_std]
 #![forbid(unsafe_code)]
+
+#[cfg(test)]
+extern crate std;
+
+mod backend;
+mod queue;
+mod update;
+
+pub use backend::{Backend, Failure, InterruptMask, Reason, Refusal};
+pub use queue::{ATTEMPTS, Batch, Queue};
+pub use update::{Role, Update};
+pub use vmi_abi::CallNumber;
 
 use core::ops::Range;
 

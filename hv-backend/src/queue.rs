@@ -1,0 +1,312 @@
+//! The update queue of one processor: updates wait in it until somebody could see that they are missing.
+//!
+//! **Order.** There is one queue for page tables, descriptors and registers, first in, first out. An update that may not
+//! wait takes everything before it along. So the hypervisor sees all updates in the order in which the guest made them.
+//!
+//! **Visibility.** Every call that is no update is made through [`Queue::call`], which flushes for all calls but those that
+//! [`Role`] knows to be indifferent. A page fault is seen as GetCR2, a flush on another processor as APICWrite: a backend that
+//! does not serve APICWrite cannot know of the latter, and must treat updates as if they had no DEFER flag.
+//!
+//! **Coalescing.** An update replaces the one *directly* before it if both are the same call for the same place. Nothing is
+//! coalesced across a third update: with "clear A, set B, set A" neither of A's places in the order could be left
+//! out without showing the hypervisor a state of the tables that the guest never made, such as a page that is mapped writable by A
+//! while B makes it a page table.
+//!
+//! **Interrupts.** An interrupt may make calls of its own, also in the middle of a call. Each operation is therefore one section with
+//! interrupts off, by the backend's hooks. Without them a flush cannot be made safe: between the moment when arguments are
+//! loaded and the hypercall itself, a nested flush would either apply the same updates a second time, or return to
+//! a handler that was promised that they are visible. The same section keeps enqueueing simple: it may look at the last update,
+//! and replace it. The longest section is the flush of a full queue, so the capacity bounds it.
+//!
+//! **Failure.** What a hypervisor did not apply stays in the queue, in its place. Each refusal is counted and reported; then the
+//! refused update is tried alone, and the rest goes on as a batch. What is refused for good, or [`ATTEMPTS`] times, stops the
+//! guest: going on without it would let the guest believe in tables that are not there.
+//!
+//! What the queue cannot know is memory that the guest writes itself: an entry with an update that waits reads as before it, and must
+//! not be written directly until a flush. That is the guest's part of the interface.
+
+use crate::backend::{Backend, Failure, Reason, Refusal};
+use crate::update::{Role, Update};
+use core::cell::Cell;
+use core::mem::offset_of;
+use core::sync::atomic::{Ordering, compiler_fence};
+use vmi_abi::flags::LazyMode;
+use vmi_abi::{Call, number};
+
+/// How many times in a row an update is tried before the guest is stopped.
+pub const ATTEMPTS: u32 = 8;
+
+/// Whether a test asked for a deliberate fault. Outside of tests there is none.
+macro_rules! faulty {
+    ($fault:ident) => {{
+        #[cfg(test)]
+        let faulty = tests::Fault::$fault.is_on();
+        #[cfg(not(test))]
+        let faulty = false;
+        faulty
+    }};
+}
+
+/// A place where a test lets interrupts come.
+macro_rules! step {
+    ($backend:ident) => {
+        #[cfg(test)]
+        $backend.step();
+    };
+}
+
+/// The updates of one processor that wait. It lies in memory that the caller provides; zeroes are an empty queue.
+#[derive(Debug)]
+#[repr(C)]
+pub struct Queue<const CAPACITY: usize> {
+    /// The number of refusals so far, for the guest to read. It wraps.
+    failures: Cell<u32>,
+    /// [`LazyMode`].
+    mode: Cell<u32>,
+    /// How many updates are in the queue.
+    count: Cell<u32>,
+    /// How many of them are applied already, from the front. Zero but for a flush, and after a stop.
+    applied: Cell<u32>,
+    /// Not zero once an update was refused for good.
+    stopped: Cell<u32>,
+    updates: [Cell<Update>; CAPACITY],
+}
+
+impl<const CAPACITY: usize> Default for Queue<CAPACITY> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl<const CAPACITY: usize> Queue<CAPACITY> {
+    /// Where in the queue the guest finds the number of refusals, 32 bits.
+    pub const FAILURES_OFFSET: usize = offset_of!(Self, failures);
+
+    /// An empty queue, not in a lazy mode.
+    #[must_use]
+    pub const fn new() -> Self {
+        const { assert!(CAPACITY > 0 && CAPACITY <= u32::MAX as usize) };
+        Self {
+            failures: Cell::new(0),
+            mode: Cell::new(LazyMode::OFF.0),
+            count: Cell::new(0),
+            applied: Cell::new(0),
+            stopped: Cell::new(0),
+            updates: [const { Cell::new(Update::ZERO) }; CAPACITY],
+        }
+    }
+
+    /// Takes an update. When this returns it is visible, or it may wait and does.
+    #[inline]
+    pub fn submit(&self, backend: &impl Backend, update: Update) {
+        self.uninterrupted(backend, || {
+            let may_wait = update.may_wait(LazyMode(self.mode.get())) || faulty!(EverythingWaits);
+            let full = self.count.get() as usize >= CAPACITY && !faulty!(FullQueueDrops);
+            // What was before SetCR3 is visible after it, even where SetCR3 itself may wait.
+            let settles =
+                may_wait && update.call == number::SetCR3 && !faulty!(EntriesWaitBeyondSetCr3);
+            if full || settles {
+                self.drain(backend);
+            }
+            step!(backend);
+            self.push(backend, update);
+            if !may_wait {
+                self.drain(backend);
+            }
+        });
+    }
+
+    /// Makes everything visible that waits.
+    pub fn flush(&self, backend: &impl Backend) {
+        self.uninterrupted(backend, || self.drain(backend));
+    }
+
+    /// Makes a call that is no update. What it could see, or show to somebody, is visible to its effect.
+    ///
+    /// Both happen in one section. An interrupt between them could leave an update waiting that the effect then overtakes:
+    /// CLTS, and the interrupted code's SetCR0.
+    #[inline]
+    pub fn call<R>(&self, backend: &impl Backend, call: &Call, effect: impl FnOnce() -> R) -> R {
+        if !flushes(call) {
+            return effect();
+        }
+        self.uninterrupted(backend, || {
+            self.drain(backend);
+            step!(backend);
+            effect()
+        })
+    }
+
+    /// Prepares for a call that does not come back, or that waits for interrupts: IRET, SYSEXIT, Halt, Shutdown, Reboot.
+    #[inline]
+    pub fn before(&self, backend: &impl Backend, call: &Call) {
+        self.call(backend, call, || ());
+    }
+
+    /// SetLazyMode. Modes exclude each other, so another mode leaves the old one, and leaving flushes. Off flushes in any
+    /// case. The same mode again changes nothing; an unknown mode lets nothing wait.
+    pub fn set_lazy_mode(&self, backend: &impl Backend, mode: LazyMode) {
+        self.uninterrupted(backend, || {
+            let old = LazyMode(self.mode.get());
+            let leaves = old != LazyMode::OFF && old != mode && !faulty!(OtherModeDoesNotFlush);
+            if leaves || mode == LazyMode::OFF && !faulty!(LeavingDoesNotFlush) {
+                self.drain(backend);
+            }
+            step!(backend);
+            self.mode.set(mode.0);
+        });
+    }
+
+    /// The lazy mode that the guest is in.
+    #[must_use]
+    pub fn lazy_mode(&self) -> LazyMode {
+        LazyMode(self.mode.get())
+    }
+
+    /// The updates that wait, oldest first.
+    #[must_use]
+    pub fn pending(&self) -> Batch<'_> {
+        self.batch(self.applied.get(), self.count.get())
+    }
+
+    /// How many refusals there were.
+    #[must_use]
+    pub fn failures(&self) -> u32 {
+        self.failures.get()
+    }
+
+    /// Whether an update was refused for good. Nothing is applied any more; it and all behind it are still pending.
+    #[must_use]
+    pub fn is_stopped(&self) -> bool {
+        self.stopped.get() != 0
+    }
+
+    /// Runs a section that no interrupt of this processor divides.
+    #[inline]
+    fn uninterrupted<R>(&self, backend: &impl Backend, section: impl FnOnce() -> R) -> R {
+        if faulty!(InterruptsStayOn) {
+            return section();
+        }
+        let mask = backend.disable_interrupts();
+        compiler_fence(Ordering::SeqCst);
+        let result = section();
+        compiler_fence(Ordering::SeqCst);
+        backend.set_interrupt_mask(mask);
+        result
+    }
+
+    /// Puts an update behind all others, or in the place of the last. Only a queue that is stopped can be full here.
+    #[inline]
+    fn push(&self, _backend: &impl Backend, update: Update) {
+        let count = self.count.get();
+        let last = self.batch(0, count).0.last();
+        let same = |place: &&Cell<Update>| update.replaces(&place.get());
+        #[cfg(test)]
+        let last = if faulty!(CoalescesAcrossOthers) {
+            self.batch(0, count).0.iter().find(same).or(last)
+        } else {
+            last
+        };
+        step!(_backend);
+        if let Some(last) = last.filter(same) {
+            last.set(update);
+        } else if let Some(place) = self.updates.get(count as usize) {
+            place.set(update);
+            step!(_backend);
+            self.count.set(count.wrapping_add(1));
+            if faulty!(SwapsNeighbours) && count > 0 {
+                place.swap(&self.updates[count as usize - 1]);
+            }
+        }
+    }
+
+    /// Hands over everything that waits. Interrupts are off.
+    #[inline(never)]
+    fn drain(&self, backend: &impl Backend) {
+        let mut attempts = 0;
+        if self.is_stopped() && !faulty!(GoesOnAfterStop) {
+            return;
+        }
+        loop {
+            let first = self.applied.get();
+            let pending = self.pending();
+            if pending.is_empty() {
+                break;
+            }
+            let alone = attempts > 0 && !faulty!(RetriesAsBatch);
+            let batch = if alone { self.batch(first, first.wrapping_add(1)) } else { pending };
+            step!(backend);
+            let Err(refusal) = backend.apply(batch) else {
+                step!(backend);
+                self.applied.set(first.wrapping_add(batch.len() as u32));
+                attempts = 0;
+                continue;
+            };
+            // No transport is believed to have applied more than it was given.
+            let applied = refusal.applied.min(batch.len());
+            let gone = applied;
+            #[cfg(test)]
+            let gone = tests::Fault::gone(gone, batch.len());
+            self.applied.set(first.wrapping_add(gone as u32));
+            self.failures.set(self.failures.get().wrapping_add(1));
+            // A transport that applied everything, and complains all the same, has no update to blame.
+            let Some(refused) = batch.0.get(applied) else {
+                attempts = 0;
+                continue;
+            };
+            attempts = if applied > 0 { 1 } else { attempts + 1 };
+            let Refusal { reason, status, .. } = refusal;
+            let failure = Failure { update: refused.get(), reason, status, attempts };
+            if reason != Reason::Transient || attempts == ATTEMPTS {
+                self.stopped.set(1);
+                return backend.stop(&failure);
+            }
+            backend.report(&failure);
+        }
+        self.applied.set(0);
+        self.count.set(0);
+    }
+
+    fn batch(&self, first: u32, end: u32) -> Batch<'_> {
+        Batch(self.updates.get(first as usize..end as usize).unwrap_or_default())
+    }
+}
+
+/// Whether a call is one before which everything that waits must be visible.
+#[inline]
+fn flushes(call: &Call) -> bool {
+    let forgotten = call.number == Some(number::InvalPage) && faulty!(InvalPageDoesNotFlush);
+    Role::of(call) == Role::Flush && !forgotten
+}
+
+/// Updates in the order in which they are to be applied.
+#[derive(Clone, Copy, Debug)]
+pub struct Batch<'a>(&'a [Cell<Update>]);
+
+impl<'a> Batch<'a> {
+    /// How many there are.
+    #[must_use]
+    pub const fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The updates.
+    pub fn iter(&self) -> impl ExactSizeIterator<Item = Update> + use<'a> {
+        self.0.iter().map(Cell::get)
+    }
+
+    /// The first update, for a hypervisor that reads the batch where it lies.
+    #[must_use]
+    pub const fn as_ptr(&self) -> *const Update {
+        self.0.as_ptr().cast()
+    }
+}
+
+#[cfg(test)]
+mod tests;
