@@ -16,7 +16,7 @@
 //! interrupts off, by the backend's hooks. Without them a flush cannot be made safe: between the moment when arguments are
 //! loaded and the hypercall itself, a nested flush would either apply the same updates a second time, or return to
 //! a handler that was promised that they are visible. The same section keeps enqueueing simple: it may look at the last update,
-//! and replace it. The longest section is the flush of a full queue, so the capacity bounds it.
+//! and replace it. The longest section is the flush of a full queue, so the capacity bounds it. A queue that becomes full is flushed at once.
 //!
 //! **Failure.** What a hypervisor did not apply stays in the queue, in its place. Each refusal is counted and reported; then the
 //! refused update is tried alone, and the rest goes on as a batch. What is refused for good, or [`ATTEMPTS`] times, stops the
@@ -25,7 +25,7 @@
 //! What the queue cannot know is memory that the guest writes itself: an entry with an update that waits reads as before it, and must
 //! not be written directly until a flush. That is the guest's part of the interface.
 
-use crate::backend::{Backend, Failure, Reason, Refusal};
+use crate::backend::{Backend, Failure, InterruptMask, Reason, Refusal};
 use crate::update::{Role, Update};
 use core::cell::Cell;
 use core::mem::offset_of;
@@ -97,23 +97,22 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
     }
 
     /// Takes an update. When this returns it is visible, or it may wait and does.
-    #[inline]
+    ///
+    /// This is the frequent case: it is compiled for each call by itself, and has one way for all that may wait.
+    #[inline(always)]
     pub fn submit(&self, backend: &impl Backend, update: Update) {
-        self.uninterrupted(backend, || {
-            let may_wait = update.may_wait(LazyMode(self.mode.get())) || faulty!(EverythingWaits);
-            let full = self.count.get() as usize >= CAPACITY && !faulty!(FullQueueDrops);
-            // What was before SetCR3 is visible after it, even where SetCR3 itself may wait.
-            let settles =
-                may_wait && update.call == number::SetCR3 && !faulty!(EntriesWaitBeyondSetCr3);
-            if full || settles {
-                self.drain(backend);
-            }
-            step!(backend);
-            self.push(backend, update);
-            if !may_wait {
-                self.drain(backend);
-            }
-        });
+        let mask = self.begin(backend);
+        let may_wait = update.may_wait(LazyMode(self.mode.get())) || faulty!(EverythingWaits);
+        // What was before SetCR3 is visible after it, even where SetCR3 itself may wait.
+        if update.call == number::SetCR3 && may_wait && !faulty!(EntriesWaitBeyondSetCr3) {
+            self.drain(backend);
+        }
+        step!(backend);
+        let is_full = self.push(backend, update) as usize >= CAPACITY;
+        if !may_wait || is_full && !faulty!(FullQueueDrops) {
+            self.drain(backend);
+        }
+        self.end(backend, mask);
     }
 
     /// Makes everything visible that waits.
@@ -125,7 +124,7 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
     ///
     /// Both happen in one section. An interrupt between them could leave an update waiting that the effect then overtakes:
     /// CLTS, and the interrupted code's SetCR0.
-    #[inline]
+    #[inline(always)]
     pub fn call<R>(&self, backend: &impl Backend, call: &Call, effect: impl FnOnce() -> R) -> R {
         if !flushes(call) {
             return effect();
@@ -138,7 +137,7 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
     }
 
     /// Prepares for a call that does not come back, or that waits for interrupts: IRET, SYSEXIT, Halt, Shutdown, Reboot.
-    #[inline]
+    #[inline(always)]
     pub fn before(&self, backend: &impl Backend, call: &Call) {
         self.call(backend, call, || ());
     }
@@ -182,42 +181,60 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
     }
 
     /// Runs a section that no interrupt of this processor divides.
-    #[inline]
     fn uninterrupted<R>(&self, backend: &impl Backend, section: impl FnOnce() -> R) -> R {
-        if faulty!(InterruptsStayOn) {
-            return section();
-        }
-        let mask = backend.disable_interrupts();
-        compiler_fence(Ordering::SeqCst);
+        let mask = self.begin(backend);
         let result = section();
-        compiler_fence(Ordering::SeqCst);
-        backend.set_interrupt_mask(mask);
+        self.end(backend, mask);
         result
     }
 
-    /// Puts an update behind all others, or in the place of the last. Only a queue that is stopped can be full here.
-    #[inline]
-    fn push(&self, _backend: &impl Backend, update: Update) {
-        let count = self.count.get();
-        let last = self.batch(0, count).0.last();
-        let same = |place: &&Cell<Update>| update.replaces(&place.get());
-        #[cfg(test)]
-        let last = if faulty!(CoalescesAcrossOthers) {
-            self.batch(0, count).0.iter().find(same).or(last)
-        } else {
-            last
-        };
-        step!(_backend);
-        if let Some(last) = last.filter(same) {
-            last.set(update);
-        } else if let Some(place) = self.updates.get(count as usize) {
-            place.set(update);
-            step!(_backend);
-            self.count.set(count.wrapping_add(1));
-            if faulty!(SwapsNeighbours) && count > 0 {
-                place.swap(&self.updates[count as usize - 1]);
-            }
+    /// Begins such a section.
+    #[inline(always)]
+    fn begin(&self, backend: &impl Backend) -> InterruptMask {
+        if faulty!(InterruptsStayOn) {
+            return InterruptMask(0);
         }
+        let mask = backend.disable_interrupts();
+        compiler_fence(Ordering::SeqCst);
+        mask
+    }
+
+    /// Ends it.
+    #[inline(always)]
+    fn end(&self, backend: &impl Backend, mask: InterruptMask) {
+        if faulty!(InterruptsStayOn) {
+            return;
+        }
+        compiler_fence(Ordering::SeqCst);
+        backend.set_interrupt_mask(mask);
+    }
+
+    /// Puts an update behind all others, or in the place of the last, and tells how many there are. There is always room:
+    /// a queue that becomes full is flushed, and only one that is stopped stays full.
+    #[inline(always)]
+    fn push(&self, _backend: &impl Backend, update: Update) -> u32 {
+        let count = self.count.get();
+        let last = self.updates.get(count.wrapping_sub(1) as usize);
+        let same = |place: &Cell<Update>| update.replaces(&place.get());
+        #[cfg(test)]
+        if let Some(place) = self.batch(0, count).0.iter().find(|place| same(place))
+            && faulty!(CoalescesAcrossOthers)
+        {
+            place.set(update);
+            return count;
+        }
+        step!(_backend);
+        let index = if last.is_some_and(same) { count.wrapping_sub(1) } else { count };
+        let Some(place) = self.updates.get(index as usize) else { return count };
+        place.set(update);
+        step!(_backend);
+        let count = index.wrapping_add(1);
+        self.count.set(count);
+        #[cfg(test)]
+        if let Some(before) = last.filter(|_| faulty!(SwapsNeighbours)) {
+            place.swap(before);
+        }
+        count
     }
 
     /// Hands over everything that waits. Interrupts are off.

@@ -35,7 +35,7 @@ macro_rules! updates {
         impl Update {
             $(
                 $(#[$doc])*
-                #[inline]
+                #[inline(always)]
                 #[must_use]
                 pub const fn $name($( $argument: $type ),*) -> Self {
                     Self { $( $field: $value, )* ..Self::of(number::$name) }
@@ -48,7 +48,7 @@ macro_rules! updates {
             pub const CALLS: &[CallNumber] = &[$( number::$name ),*];
 
             /// What the contract of its call lets it wait for.
-            #[inline]
+            #[inline(always)]
             #[must_use]
             pub const fn deferral(&self) -> Deferral {
                 match self.call {
@@ -101,7 +101,7 @@ impl Update {
     pub(crate) const ZERO: Self = Self::of(CallNumber(0));
 
     /// Whether it may wait in this lazy mode.
-    #[inline]
+    #[inline(always)]
     #[must_use]
     pub const fn may_wait(&self, mode: LazyMode) -> bool {
         match self.deferral() {
@@ -114,7 +114,7 @@ impl Update {
     }
 
     /// Whether it leaves nothing of an update directly before it: same call, same place.
-    #[inline]
+    #[inline(always)]
     #[must_use]
     pub const fn replaces(&self, before: &Self) -> bool {
         self.address == before.address && self.call.0 == before.call.0

@@ -3,7 +3,6 @@
 mod model;
 
 use super::*;
-use crate::{InterruptMask, Refusal};
 use model::{ENTRIES, Interrupt, Machine, Operation, Outcome, Scenario};
 use proptest::prelude::*;
 use std::format;
