@@ -2,6 +2,7 @@
 
 use super::*;
 use core::cell::Cell;
+use proptest::prelude::*;
 
 const XEN: &[u8; 12] = b"XenVMMXenVMM";
 const KVM: &[u8; 12] = b"KVMKVMKVM\0\0\0";
@@ -126,4 +127,36 @@ fn an_endless_list_of_interfaces_comes_to_an_end() {
         detection,
         Detection::Found(Hypervisor { base: FIRST, highest: 0x4000_00ff, .. })
     ));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn whatever_the_leaves_hold_what_is_found_can_be_relied_on(
+        answers in prop::collection::vec((prop::array::uniform4(any::<u32>()), 0..4_u32), 1..8)
+    ) {
+        // Each leaf is a known signature, text, or noise, with a highest leaf near or far; none is asked twice with the same answer.
+        let asked = Cell::new(0);
+        let detection = detect(|number, _| {
+            asked.set(asked.get() + 1);
+            let ([eax, ebx, ecx, edx], kind) = answers[asked.get() % answers.len()];
+            match kind {
+                _ if number == 1 => [!0; 4],
+                0 => leaf(number.wrapping_add(eax & 0x1ff), KVM),
+                1 => leaf(eax, XEN),
+                2 => [number | eax & 0xff, ebx & 0x7f7f_7f7f, ecx & 0x7f7f_7f7f, edx & 0x7f7f_7f7f],
+                _ => [eax, ebx, ecx, edx],
+            }
+        });
+        if let Detection::Found(Hypervisor { vendor, signature, base, highest }) = detection {
+            prop_assert!(BASES.contains(&base) && base.is_multiple_of(BASE_STEP));
+            prop_assert!((base..base + BASE_STEP).contains(&highest));
+            let text = text(&signature);
+            prop_assert!(text.iter().all(|byte| matches!(byte, b' '..=b'~')) && !text.is_empty());
+            prop_assert_eq!(vendor, Vendor::of(text));
+        } else {
+            prop_assert_eq!(detection, Detection::Unnamed);
+        }
+    }
 }
