@@ -157,3 +157,8 @@ fn text(signature: &[u8; 12]) -> &[u8] {
 
 #[cfg(test)]
 mod tests;
+
+/// The code of `docs/write-a-backend.md`, as a test.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/write-a-backend.md")]
+struct WriteABackend;
