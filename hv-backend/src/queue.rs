@@ -10,13 +10,13 @@
 //! **Coalescing.** An update replaces the one *directly* before it if both are the same call for the same place. Nothing is
 //! coalesced across a third update: with "clear A, set B, set A" neither of A's places in the order could be left
 //! out without showing the hypervisor a state of the tables that the guest never made, such as a page that is mapped writable by A
-//! while B makes it a page table.
+//! while B makes it a page table. It is done at the flush, so that taking an update stays short.
 //!
 //! **Interrupts.** An interrupt may make calls of its own, also in the middle of a call. Each operation is therefore one section with
 //! interrupts off, by the backend's hooks. Without them a flush cannot be made safe: between the moment when arguments are
 //! loaded and the hypercall itself, a nested flush would either apply the same updates a second time, or return to
-//! a handler that was promised that they are visible. The same section keeps enqueueing simple: it may look at the last update,
-//! and replace it. The longest section is the flush of a full queue, so the capacity bounds it. A queue that becomes full is flushed at once.
+//! a handler that was promised that they are visible. The longest section is the flush of a full queue, so the capacity bounds it. A
+//! queue that becomes full is flushed at once.
 //!
 //! **Failure.** What a hypervisor did not apply stays in the queue, in its place. Each refusal is counted and reported; then the
 //! refused update is tried alone, and the rest goes on as a batch. What is refused for good, or [`ATTEMPTS`] times, stops the
@@ -209,32 +209,45 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
         backend.set_interrupt_mask(mask);
     }
 
-    /// Puts an update behind all others, or in the place of the last, and tells how many there are. There is always room:
-    /// a queue that becomes full is flushed, and only one that is stopped stays full.
+    /// Puts an update behind all others, and tells how many there are. There is always room: a queue that becomes full is
+    /// flushed, and only one that is stopped stays full.
     #[inline(always)]
     fn push(&self, _backend: &impl Backend, update: Update) -> u32 {
         let count = self.count.get();
-        let last = self.updates.get(count.wrapping_sub(1) as usize);
-        let same = |place: &Cell<Update>| update.replaces(&place.get());
-        #[cfg(test)]
-        if let Some(place) = self.batch(0, count).0.iter().find(|place| same(place))
-            && faulty!(CoalescesAcrossOthers)
-        {
-            place.set(update);
-            return count;
-        }
+        let Some(place) = self.updates.get(count as usize) else { return count };
         step!(_backend);
-        let index = if last.is_some_and(same) { count.wrapping_sub(1) } else { count };
-        let Some(place) = self.updates.get(index as usize) else { return count };
         place.set(update);
         step!(_backend);
-        let count = index.wrapping_add(1);
-        self.count.set(count);
+        self.count.set(count.wrapping_add(1));
         #[cfg(test)]
-        if let Some(before) = last.filter(|_| faulty!(SwapsNeighbours)) {
+        if let Some(before) = self.updates.get(count.wrapping_sub(1) as usize)
+            && faulty!(SwapsNeighbours)
+        {
             place.swap(before);
         }
-        count
+        count.wrapping_add(1)
+    }
+
+    /// Leaves out what the update directly behind it replaces.
+    fn coalesce(&self) {
+        let mut kept: u32 = 0;
+        for place in self.batch(0, self.count.get()).0 {
+            let update = place.get();
+            let same = |place: &&Cell<Update>| update.replaces(&place.get());
+            let last = self.updates.get(kept.wrapping_sub(1) as usize);
+            #[cfg(test)]
+            let last = match self.batch(0, kept).0.iter().find(same) {
+                Some(found) if faulty!(CoalescesAcrossOthers) => Some(found),
+                _ => last,
+            };
+            if let Some(last) = last.filter(same) {
+                last.set(update);
+            } else if let Some(next) = self.updates.get(kept as usize) {
+                next.set(update);
+                kept = kept.wrapping_add(1);
+            }
+        }
+        self.count.set(kept);
     }
 
     /// Hands over everything that waits. Interrupts are off.
@@ -244,6 +257,7 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
         if self.is_stopped() && !faulty!(GoesOnAfterStop) {
             return;
         }
+        self.coalesce();
         loop {
             let first = self.applied.get();
             let pending = self.pending();

@@ -295,12 +295,10 @@ fn updates_go_over_together() {
 fn updates_of_one_entry_in_a_row_are_one() {
     let operations = [&[Operation::SetLazyMode(1)][..], &[CLEAR_A, SET_A].repeat(20)].concat();
     let scenario = Scenario { operations, ..Scenario::default() };
-    let queue = Queue::<2>::new();
+    let queue = Queue::<64>::new();
     let machine = Machine::new(&queue, &scenario);
-    for operation in &scenario.operations {
-        machine.perform(*operation);
-    }
-    assert_eq!((queue.pending().len(), machine.hypercalls()), (1, 0));
+    assert_eq!(machine.run(), Ok(()));
+    assert_eq!((machine.hypercalls(), machine.received()), (1, 1));
 }
 
 #[test]

@@ -179,6 +179,7 @@ pub(super) struct Machine<'a, const CAPACITY: usize> {
     interrupts: RefCell<VecDeque<Interrupt>>,
     steps: Cell<u32>,
     hypercalls: Cell<usize>,
+    received: Cell<u32>,
     /// Refusals, of them those without an update to blame, and those that the queue spoke of.
     refusals: Cell<u32>,
     blameless: Cell<u32>,
@@ -215,6 +216,7 @@ impl<'a, const CAPACITY: usize> Machine<'a, CAPACITY> {
             interrupts: RefCell::new(scenario.interrupts.iter().copied().collect()),
             steps: Cell::new(0),
             hypercalls: Cell::new(0),
+            received: Cell::new(0),
             refusals: Cell::new(0),
             blameless: Cell::new(0),
             notes: Cell::new(0),
@@ -251,6 +253,11 @@ impl<'a, const CAPACITY: usize> Machine<'a, CAPACITY> {
     /// How many hypercalls there were.
     pub(super) fn hypercalls(&self) -> usize {
         self.hypercalls.get()
+    }
+
+    /// How many updates the machine behind the queue got.
+    pub(super) fn received(&self) -> u32 {
+        self.received.get()
     }
 
     /// Whether both machines hold the same, whatever the order was.
@@ -456,6 +463,7 @@ impl<'a, const CAPACITY: usize> Machine<'a, CAPACITY> {
 
     /// The machine behind the queue gets an update.
     fn receive(&self, update: &Update) {
+        add(&self.received);
         let order = self.order.borrow();
         let place = self.place(update, &order);
         self.check(place.is_some(), || {
