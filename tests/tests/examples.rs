@@ -6,12 +6,12 @@ use object::{Object, ObjectSection, ObjectSymbol};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
-use vmi_abi::number;
+use vmi_abi::{REVISION_3_0, number};
 use vmi_tests::Specimen;
 use xtask::build::Tools;
 use xtask::qemu::{Attachment, BANNER, Machine, Model, Outcome, Run};
 use xtask::toolchain::Findings;
-use xtask::{artifacts, examples};
+use xtask::{artifacts, examples, link};
 
 /// A kernel, with the name that its lines begin with.
 struct Kernel {
@@ -25,12 +25,13 @@ fn kernels() -> Result<&'static [Kernel]> {
     let build = || -> Result<Vec<Kernel>> {
         let findings = Findings::gather();
         let tools = Tools::from_findings(&findings)?;
-        let rust = Kernel { name: "rust-kernel", path: examples::rust_kernel(&tools)? };
+        let link = link::build(&tools, REVISION_3_0)?;
+        let rust = Kernel { name: "rust-kernel", path: examples::rust_kernel(&tools, &link)? };
         let mut kernels = vec![rust];
         // GCC's comes last, and stays where users find it.
         for (compilers, name) in [(&findings.clang, "clang"), (&findings.gcc, "gcc")] {
             let compilers = compilers.as_ref().map_err(|error| anyhow!("{error}"))?;
-            let built = examples::c_kernel(&tools, compilers)?;
+            let built = examples::c_kernel(&tools, compilers, &link)?;
             let path = built.with_file_name(format!("c-kernel-{name}.elf"));
             std::fs::copy(built, &path)?;
             kernels.push(Kernel { name: "c-kernel", path });

@@ -1,6 +1,7 @@
 //! What a build leaves behind, for those who need it without asking how it came about.
 
 use crate::build::{self, Form, Tools};
+use crate::link;
 use crate::toolchain::{Emulator, Findings};
 use anyhow::{Context, Result};
 use std::path::PathBuf;
@@ -62,7 +63,8 @@ pub fn build_all(findings: &Findings) -> Result<Artifacts> {
     let call = build::rom(&tools, Form::Lookup(Bind::Call))?;
     let slots_13_0 = build::rom(&tools, Form::Slots13_0)?;
     let slots_13_3 = build::rom(&tools, Form::Slots13_3)?;
-    let guest = build::guest(&tools)?;
+    let links = link::all(&tools, &[slots_13_0.clone(), slots_13_3.clone()])?;
+    let guest = build::guest(&tools, &links)?;
     Ok(Artifacts {
         native: native.path,
         fastest: fastest.path,

@@ -5,7 +5,7 @@
 //! same source is to give the same bytes everywhere.
 
 use crate::image::{self, Image};
-use crate::link;
+use crate::link::Link;
 use crate::progress::Progress;
 use crate::toolchain::{Compiler, Findings, Linker, Need};
 use anyhow::{Context, Result, bail};
@@ -196,32 +196,25 @@ pub fn write_for_card(rom: &Rom, vendor: u16, device: u16) -> Result<PathBuf> {
 /// # Errors
 ///
 /// It does not compile.
-pub fn guest(tools: &Tools) -> Result<PathBuf> {
+pub fn guest(tools: &Tools, links: &[Link]) -> Result<PathBuf> {
     let path = guest_path();
-    let objects = [REVISION_3_0, REVISION_13_0, REVISION_13_3]
-        .into_iter()
-        .map(|revision| Ok(link::build(tools, revision)?.object))
-        .collect::<Result<Vec<PathBuf>>>()?;
-    let objects = std::env::join_paths(&objects).context("a path with a colon")?;
-    kernel(tools, "vmi-guest", &path, &[("VMI_NATIVE_OBJECTS", Path::new(&objects))])?;
+    kernel(tools, "vmi-guest", &path, links)?;
     Ok(path)
 }
 
-/// Builds a kernel for the bare machine; `variables` are for its build script.
+/// Builds a kernel for the bare machine, from a package whose build script hands the linker the objects that
+/// `VMI_NATIVE_OBJECTS` names.
 ///
 /// # Errors
 ///
 /// It does not compile.
-pub(crate) fn kernel(
-    tools: &Tools,
-    package: &str,
-    path: &Path,
-    variables: &[(&str, &Path)],
-) -> Result<()> {
+pub(crate) fn kernel(tools: &Tools, package: &str, path: &Path, links: &[Link]) -> Result<()> {
     let progress = Progress::start(format!("building {}", shown(path)));
     let _lock = lock()?;
+    let objects = std::env::join_paths(links.iter().map(|link| &link.object));
     let mut cargo = inner_cargo(tools, "build");
-    cargo.args(["--release", "--package", package]).envs(variables.iter().copied());
+    cargo.args(["--release", "--package", package]);
+    cargo.env("VMI_NATIVE_OBJECTS", objects.context("a path with a colon")?);
     run(&mut cargo, &progress)?;
     write(path, &read(&output_path(package))?)
 }

@@ -4,6 +4,7 @@
 
 use crate::build::{self, Tools, shown};
 use crate::examples;
+use crate::link;
 use crate::progress::Progress;
 use crate::toolchain::{Findings, IsoMaker, output};
 use anyhow::{Context, Result};
@@ -57,10 +58,12 @@ impl Kernels {
     pub fn build(findings: &Findings) -> Result<Self> {
         let tools = Tools::from_findings(findings)?;
         let compilers = findings.gcc.as_ref().map_err(|reason| anyhow::anyhow!("{reason}"))?;
+        let links = link::all(&tools, &[])?;
+        let link = links.first().context("nothing to link")?;
         Ok(Self {
-            guest: build::guest(&tools)?,
-            c: examples::c_kernel(&tools, compilers)?,
-            rust: examples::rust_kernel(&tools)?,
+            guest: build::guest(&tools, &links)?,
+            c: examples::c_kernel(&tools, compilers, link)?,
+            rust: examples::rust_kernel(&tools, link)?,
         })
     }
 }

@@ -56,14 +56,38 @@ struct Place {
 ///
 /// There is no image of the revision, or it cannot be built.
 pub fn build(tools: &Tools, revision: Revision) -> Result<Link> {
-    let form = match revision {
+    of(build::rom(tools, form(revision)?)?)
+}
+
+/// What kernels of each revision link, that of 3.0 first. Images that are there already are not built again.
+///
+/// # Errors
+///
+/// One of them cannot be built.
+pub fn all(tools: &Tools, built: &[Rom]) -> Result<Vec<Link>> {
+    [REVISION_3_0, REVISION_13_0, REVISION_13_3]
+        .into_iter()
+        .map(|revision| {
+            let form = form(revision)?;
+            let rom = built.iter().find(|rom| rom.form == form).cloned();
+            of(rom.map_or_else(|| build::rom(tools, form), Ok)?)
+        })
+        .collect()
+}
+
+/// The image that kernels of a revision link.
+fn form(revision: Revision) -> Result<Form> {
+    Ok(match revision {
         REVISION_3_0 => Form::Linked,
         REVISION_13_0 => Form::Slots13_0,
         REVISION_13_3 => Form::Slots13_3,
         Revision { major, minor } => bail!("there is no image of revision {major}.{minor}"),
-    };
-    let rom = build::rom(tools, form)?;
-    let stem = stem(revision, ".");
+    })
+}
+
+/// Puts a finished image into an object and a library.
+fn of(rom: Rom) -> Result<Link> {
+    let stem = stem(rom.form.revision(), ".");
     let folder = folder();
     let object = folder.join(format!("{stem}.o"));
     let archive = folder.join(format!("lib{stem}.a"));

@@ -171,7 +171,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let by = format!("by {} and {}", tools.compiler, tools.linker);
     anstream::println!("{}{by}{}", DIM.render(), DIM.render_reset());
 
-    let guest = build::guest(&tools)?;
+    let guest = build::guest(&tools, &link::all(&tools, &roms)?)?;
     anstream::println!("{}", build::shown(&guest));
     Ok(ExitCode::SUCCESS)
 }
@@ -201,7 +201,8 @@ fn examples() -> Result<ExitCode> {
     let findings = super::setup::provide(Need::EXAMPLES)?;
     let tools = Tools::from_findings(&findings)?;
     let gcc = findings.gcc.as_ref().map_err(|reason| anyhow!("{reason}"))?;
-    for path in [examples::c_kernel(&tools, gcc)?, examples::rust_kernel(&tools)?] {
+    let link = link::build(&tools, REVISION_3_0)?;
+    for path in [examples::c_kernel(&tools, gcc, &link)?, examples::rust_kernel(&tools, &link)?] {
         anstream::println!("{}", build::shown(&path));
     }
     Ok(ExitCode::SUCCESS)
