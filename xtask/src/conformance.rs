@@ -175,14 +175,14 @@ pub fn check(
     machine.append = Some(machine.append.into_iter().chain([words]).collect::<Vec<_>>().join(" "));
     // The guest tests Reboot: it has itself reset, finds its record in memory and goes on.
     machine.no_reboot = false;
-    machine.banner = machine.banner.filter(|_| subject.rom.is_some());
+    let mut has_banner = false;
     if let Some(rom) = &subject.rom {
         let bytes = crate::build::read(rom.path())?;
         // A ROM of somebody else's may come up in silence.
-        let has_banner = bytes.windows(BANNER.len()).any(|window| window == BANNER.as_bytes());
+        has_banner = bytes.windows(BANNER.len()).any(|window| window == BANNER.as_bytes());
         machine.roms.insert(0, rom.clone());
-        machine.banner = machine.banner.filter(|_| has_banner);
     }
+    machine.banner = machine.banner.filter(|_| has_banner);
     let run = machine
         .follow(emulator, progress)
         .with_context(|| format!("{} was not run", subject.name()))?;

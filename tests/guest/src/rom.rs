@@ -89,11 +89,7 @@ impl Rom {
     pub(crate) fn find(client: Client, mut passed_over: impl FnMut(u32, Refusal)) -> Option<Self> {
         for physical in SCAN_AREA.step_by(SCAN_STEP as usize) {
             match probe(area(physical), client.revision()) {
-                Ok(header) => {
-                    let length = u32::from(header.rom_length) * LENGTH_UNIT as u32;
-                    let base = PAGE_OFFSET + physical;
-                    return Some(Self { client, physical, base, length, place: Place::Direct });
-                }
+                Ok(header) => return Some(Self::found(client, header)),
                 Err(Refusal::NoRomSignature) => {}
                 Err(refusal) => passed_over(physical, refusal),
             }
@@ -108,9 +104,14 @@ impl Rom {
             Client::CopiedSlots => &raw const vmi_13_0_native_rom,
             Client::PointerTable => &raw const vmi_13_3_native_rom,
         };
-        let base = image as u32;
         // SAFETY: the objects begin with the header of an image.
-        let length = u32::from(unsafe { (*image).rom_length }) * LENGTH_UNIT as u32;
+        Self::found(client, unsafe { &*image })
+    }
+
+    /// The image that begins with this header, where it is.
+    fn found(client: Client, header: &'static RomHeader) -> Self {
+        let base = (&raw const *header) as u32;
+        let length = u32::from(header.rom_length) * LENGTH_UNIT as u32;
         Self { client, physical: base - PAGE_OFFSET, base, length, place: Place::Direct }
     }
 
@@ -151,7 +152,6 @@ impl Rom {
     ///
     /// There is one copy at a time.
     pub(crate) fn at(self, place: Place) -> Option<Self> {
-        let has_slots = self.client.revision().has_slots();
         match place {
             Place::Direct => Some(Self { base: PAGE_OFFSET + self.physical, place, ..self }),
             Place::Alias => {
@@ -161,11 +161,9 @@ impl Rom {
             // Who has a table of pointers into the image does not copy it.
             Place::Patched if self.client != Client::CopiedSlots => None,
             Place::Copy | Place::Patched => {
-                let length = self.length.min(if has_slots {
-                    SLOT_TABLE_SIZE as u32
-                } else {
-                    paging::ROM_COPY_SIZE as u32
-                });
+                let has_slots = self.client.revision().has_slots();
+                let longest = if has_slots { SLOT_TABLE_SIZE as u32 } else { self.length };
+                let length = self.length.min(longest);
                 let copy = Self { base: (&raw mut paging::ROM_COPY) as u32, length, place, ..self };
                 copy.write(0, &self.bytes()[..length as usize]);
                 Some(copy)
