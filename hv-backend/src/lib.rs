@@ -18,6 +18,7 @@ extern crate std;
 
 mod backend;
 mod queue;
+pub mod reference;
 mod update;
 
 pub use backend::{Backend, Failure, InterruptMask, Reason, Refusal};

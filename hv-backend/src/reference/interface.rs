@@ -226,4 +226,7 @@ counters! {
     }
 }
 
-const_assert_eq!(Counters::EXITS.len() + Counters::OTHERS.len(), size_of::<Counters>() / size_of::<u64>());
+const_assert_eq!(
+    Counters::EXITS.len() + Counters::OTHERS.len(),
+    size_of::<Counters>() / size_of::<u64>()
+);

@@ -1,0 +1,3 @@
+//! The backend for the reference hypervisor, which `tests/hypervisor` is.
+
+pub mod interface;
