@@ -15,6 +15,8 @@
 //! - `session`, `report`: which call is under test, what was found,
 //! - `crowd`: several processors at one call site,
 //! - `costs`: instructions of what a kernel does, with the ROM and without,
+//! - `hypervisor`: the reference hypervisor below, where there is one,
+//! - `workload`: what a kernel does to page tables all day, and what that costs under the hypervisor,
 //! - `functions`: the functions that `vmi-abi` makes of the calls,
 //! - `checks`: one function for each call, under the specification's name.
 
@@ -41,6 +43,8 @@ mod functions;
 #[cfg(target_os = "none")]
 mod harness;
 #[cfg(target_os = "none")]
+mod hypervisor;
+#[cfg(target_os = "none")]
 mod paging;
 #[cfg(target_os = "none")]
 mod processor;
@@ -58,6 +62,8 @@ mod site;
 mod suite;
 #[cfg(target_os = "none")]
 mod traps;
+#[cfg(target_os = "none")]
+mod workload;
 
 #[cfg(not(target_os = "none"))]
 fn main() {

@@ -89,6 +89,11 @@ impl Mode {
             Self::Pae => 21,
         }
     }
+
+    /// Bytes that one table of the lowest level maps.
+    pub(crate) const fn table_span(self) -> u32 {
+        1 << self.table_shift()
+    }
 }
 
 /// A page of memory for tables, code or data.
@@ -215,6 +220,16 @@ impl Space {
         Self { mode, root: processor::cr3() + PAGE_OFFSET }
     }
 
+    /// The space whose top level is at a physical address in the direct mapping.
+    pub(crate) fn at(mode: Mode, root: u32) -> Self {
+        Self { mode, root: root + PAGE_OFFSET }
+    }
+
+    /// Linear address of an entry of the top level.
+    pub(crate) fn top_entry(self, index: u32) -> u32 {
+        self.root + index * self.mode.entry_size()
+    }
+
     /// Maps a page, and makes the table for it where there is none.
     fn map(self, linear: u32, address: u32, bits: u64) {
         let directory_entry = self.directory_entry(linear);
@@ -234,7 +249,8 @@ impl Space {
         u64::from(address) | known | PRESENT
     }
 
-    fn directory_entry(self, linear: u32) -> u32 {
+    /// Linear address of the entry that leads to a page's table.
+    pub(crate) fn directory_entry(self, linear: u32) -> u32 {
         match self.mode {
             Mode::NonPae => self.root + (linear >> 22) * 4,
             Mode::Pae => {
@@ -247,7 +263,7 @@ impl Space {
     /// Linear address of the entry that maps a page.
     pub(crate) fn entry(self, linear: u32) -> u32 {
         let table = self.load(self.directory_entry(linear)) as u32 & !(PAGE - 1);
-        let index = (linear & ((1 << self.mode.table_shift()) - 1)) / PAGE;
+        let index = (linear & (self.mode.table_span() - 1)) / PAGE;
         PAGE_OFFSET + table + index * self.mode.entry_size()
     }
 

@@ -15,7 +15,7 @@ use crate::rom::{self, Rom};
 use crate::session::Session;
 use crate::site::{self, Place, Rewriting};
 use crate::traps;
-use crate::{checks, command_line, console, costs, crowd, devices, functions, segments};
+use crate::{checks, command_line, console, costs, crowd, devices, functions, segments, workload};
 use vmi_abi::flags::RebootKind;
 use vmi_abi::header::checksum;
 use vmi_abi::probe::{Refusal, license};
@@ -138,20 +138,16 @@ fn first_start(client: Client) -> ! {
     if command_line::has("rewrite-sites") {
         rom.allow_rewriting();
     }
+    if command_line::has("workload") {
+        run_workload(report, space, rom)
+    }
     let fingerprint = fingerprint(rom.bytes());
     for (index, mode) in MODES.into_iter().enumerate() {
         if mode == Mode::Pae && !paging::has_pae() {
             line!("# the processor has no PAE");
             continue;
         }
-        let space = if mode == Mode::NonPae {
-            space
-        } else {
-            space.prepare_to_switch();
-            let space = Space::new(mode);
-            space.activate();
-            space
-        };
+        let space = enter_mode(mode, space);
         for rom in rom::Place::ALL.into_iter().filter_map(|place| rom.at(place)) {
             test_rom(&mut report, space, index, rom);
         }
@@ -181,6 +177,28 @@ fn first_start(client: Client) -> ! {
         report.finish()
     }
     test_reset(&report, rom, SOFT_RESET)
+}
+
+/// The space of a mode, the current one; `space` is that of [`Mode::NonPae`].
+fn enter_mode(mode: Mode, space: Space) -> Space {
+    if mode == Mode::NonPae {
+        return space;
+    }
+    space.prepare_to_switch();
+    let space = Space::new(mode);
+    space.activate();
+    space
+}
+
+/// A kernel's work instead of its calls one by one.
+fn run_workload(mut report: Report, space: Space, rom: Rom) -> ! {
+    if rom.client != Client::Lookup {
+        report::abandon(format_args!("the workload is that of a kernel of revision 3.0"))
+    }
+    for mode in MODES.into_iter().filter(|mode| *mode == Mode::NonPae || paging::has_pae()) {
+        workload::run(&mut report, enter_mode(mode, space), rom);
+    }
+    report.finish()
 }
 
 /// The other processors, where there are some.
@@ -353,8 +371,7 @@ fn started_again(client: Client, record: Record) -> ! {
 /// Reboot is asked for in the mode in which the suite ended.
 fn return_to_mode(mode: u32, space: Space) {
     if MODES[(mode as usize).min(1)] == Mode::Pae {
-        space.prepare_to_switch();
-        Space::new(Mode::Pae).activate();
+        enter_mode(Mode::Pae, space);
     }
 }
 
