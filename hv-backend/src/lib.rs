@@ -7,11 +7,10 @@
 //!   hypervisors are tests on the host too. The caller decides how the instruction is executed: a Xen PV guest sees
 //!   Xen only through its forced-emulation prefix.
 //! - [`Backend`] is the transport to one hypervisor; [`backends!`] makes the closed list from which `vmi_init`
-//!   chooses once. There is none for a real hypervisor yet.
+//!   chooses once. [`reference::Reference`] is one, for the hypervisor that the tests run on.
 //! - [`Queue`] holds the [updates](Update) of one processor that may wait.
 
 #![no_std]
-#![forbid(unsafe_code)]
 
 #[cfg(test)]
 extern crate std;
@@ -72,6 +71,8 @@ pub enum Vendor {
     Kvm,
     Parallels,
     Qnx,
+    /// The hypervisor of [`reference`].
+    Reference,
     /// QEMU's translator, without a hypervisor.
     Tcg,
     VirtualBox,
@@ -98,6 +99,7 @@ impl Vendor {
             b"VBoxVBoxVBox" => Self::VirtualBox,
             b"VMwareVMware" => Self::VMware,
             b"XenVMMXenVMM" => Self::Xen,
+            _ if text == reference::interface::SIGNATURE => Self::Reference,
             _ => Self::Other,
         }
     }

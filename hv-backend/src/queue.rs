@@ -4,7 +4,8 @@
 //! wait takes everything before it along. So the hypervisor sees all updates in the order in which the guest made them.
 //!
 //! **Visibility.** Every call that is no update is made through [`Queue::call`], which flushes for all calls but those that
-//! [`Role`] knows to be indifferent. A page fault is seen as GetCR2, a flush on another processor as APICWrite: a backend that
+//! [`Role`] knows to be indifferent. InvalPage, FlushTLB, AllocatePage and ReleasePage are updates that may not wait: one hypercall
+//! carries them and what is before them. A page fault is seen as GetCR2, a flush on another processor as APICWrite: a backend that
 //! does not serve APICWrite cannot know of the latter, and must treat updates as if they had no DEFER flag.
 //!
 //! **Coalescing.** An update replaces the one *directly* before it if both are the same call for the same place. Nothing is
@@ -102,7 +103,9 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
     #[inline(always)]
     pub fn submit(&self, backend: &impl Backend, update: Update) {
         let mask = self.begin(backend);
-        let may_wait = update.may_wait(LazyMode(self.mode.get())) || faulty!(EverythingWaits);
+        let may_wait = update.may_wait(LazyMode(self.mode.get()))
+            || faulty!(EverythingWaits)
+            || update.call == number::InvalPage && faulty!(InvalPageWaits);
         // What was before SetCR3 is visible after it, even where SetCR3 itself may wait.
         if update.call == number::SetCR3 && may_wait && !faulty!(EntriesWaitBeyondSetCr3) {
             self.drain(backend);
@@ -126,9 +129,12 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
     /// CLTS, and the interrupted code's SetCR0.
     #[inline(always)]
     pub fn call<R>(&self, backend: &impl Backend, call: &Call, effect: impl FnOnce() -> R) -> R {
-        if !flushes(call) {
-            return effect();
-        }
+        if flushes(call) { self.flushed(backend, effect) } else { effect() }
+    }
+
+    /// [`Queue::call`] for a call that is known to flush.
+    #[inline(always)]
+    pub fn flushed<R>(&self, backend: &impl Backend, effect: impl FnOnce() -> R) -> R {
         self.uninterrupted(backend, || {
             self.drain(backend);
             step!(backend);
@@ -306,7 +312,7 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
 /// Whether a call is one before which everything that waits must be visible.
 #[inline]
 fn flushes(call: &Call) -> bool {
-    let forgotten = call.number == Some(number::InvalPage) && faulty!(InvalPageDoesNotFlush);
+    let forgotten = call.number == Some(number::GetCR2) && faulty!(GetCR2DoesNotFlush);
     Role::of(call) == Role::Flush && !forgotten
 }
 

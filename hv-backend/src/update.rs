@@ -6,7 +6,7 @@ use static_assertions::const_assert_eq;
 use vmi_abi::flags::{EntryFlags, LazyMode};
 use vmi_abi::{CALLS_3_0, Call, CallNumber, Deferral, number};
 
-/// A call that changes a table entry, a descriptor or a register.
+/// A call that changes what the processor sees: a table entry, a descriptor, a register, what is known of page tables.
 ///
 /// Calls of revision 13.x that do the same have the number of 3.0 here, and no flags.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,13 +14,13 @@ use vmi_abi::{CALLS_3_0, Call, CallNumber, Deferral, number};
 pub struct Update {
     /// The call's number in revision 3.0.
     pub call: CallNumber,
-    /// The linear address of what is changed; 0 for a register.
+    /// The linear address of what is changed; 0 for a register. Of AllocatePage and ReleasePage the frame's number.
     pub address: u32,
     /// The new value, or its low half.
     pub low: u32,
     /// The high half of a new value of 64 bits.
     pub high: u32,
-    /// [`EntryFlags`] as the guest passed them.
+    /// Flags as the guest passed them: [`EntryFlags`], or the call's own.
     pub flags: u32,
 }
 
@@ -46,6 +46,15 @@ macro_rules! updates {
         impl Update {
             /// The calls that are updates.
             pub const CALLS: &[CallNumber] = &[$( number::$name ),*];
+
+            /// The call's name, without a table: what is in the image has no place for one.
+            #[must_use]
+            pub const fn name(&self) -> &'static str {
+                match self.call {
+                    $( number::$name => stringify!($name), )*
+                    _ => "unknown call",
+                }
+            }
 
             /// What the contract of its call lets it wait for.
             #[inline(always)]
@@ -89,6 +98,14 @@ updates! {
     SetCR3(value: u32) { low: value }
     /// Clears the task-switched flag.
     CLTS() {}
+    /// A page becomes a page table. As the next three it waits for nothing, and comes last in its batch.
+    AllocatePage(frame: u32, flags: u32) { address: frame, flags: flags }
+    /// A page is a page table no longer.
+    ReleasePage(frame: u32, flags: u32) { address: frame, flags: flags }
+    /// Drops what is known of a linear address.
+    InvalPage(address: u32) { address: address }
+    /// Drops what is known of all addresses.
+    FlushTLB(flags: u32) { flags: flags }
 }
 
 impl Update {
@@ -128,8 +145,8 @@ const fn descriptor(table: u32, index: u32) -> u32 {
 
 impl fmt::Display for Update {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { call, address, low, high, flags } = self;
-        let name = call.call().map_or("unknown call", |call| call.name);
+        let Self { address, low, high, flags, .. } = self;
+        let name = self.name();
         write!(f, "{name} at {address:#x}, value {high:08x}{low:08x}, flags {flags:#x}")
     }
 }
@@ -204,15 +221,14 @@ mod tests {
 
     #[test]
     fn what_the_interface_says_makes_updates_visible_flushes() {
-        let named = [
-            number::SetLazyMode,
-            number::FlushTLB,
-            number::InvalPage,
-            number::GetCR2,
-            number::APICWrite,
-        ];
-        for number in named {
+        for number in [number::SetLazyMode, number::GetCR2, number::APICWrite] {
             assert_eq!(Role::of(number.call().expect("in the table")), Role::Flush, "{number:?}");
+        }
+        // As updates they take along what is before them.
+        let modes = [LazyMode::OFF, LazyMode::MMU, LazyMode::CPU];
+        let defer = EntryFlags::DEFER.bits();
+        for update in [Update::FlushTLB(defer), Update::InvalPage(0x1000)] {
+            assert!(!modes.into_iter().any(|mode| update.may_wait(mode)), "{update}");
         }
         let deferred = CALLS_13[usize::from(slot::FlushDeferredCalls.number)];
         assert_eq!(Role::of(deferred.expect("in the table")), Role::Flush);
@@ -235,6 +251,10 @@ mod tests {
         assert_eq!(waits(Update::UpdateKernelStack(1, 2)), [false; 5]);
         assert_eq!(waits(Update::SetCR3(1)), cpu);
         assert_eq!(waits(Update::CLTS()), cpu);
+        assert_eq!(waits(Update::AllocatePage(1, defer)), [false; 5]);
+        assert_eq!(waits(Update::ReleasePage(1, defer)), [false; 5]);
+        assert_eq!(waits(Update::InvalPage(0x1000)), [false; 5]);
+        assert_eq!(waits(Update::FlushTLB(defer)), [false; 5]);
         assert_eq!(waits(Update::ZERO), [false; 5]);
     }
 

@@ -45,7 +45,7 @@ global_asm!(
     ".byte 0x30 + {major_tens}",
     ".endif",
     ".byte 0x30 + {major_ones}, 0x2e, 0x30 + {minor}", // A dot between.
-    ".asciz \", native backend, at \"",
+    concat!(".asciz \", ", backends!(), ", at \""),
 
     // The address: CS in hexadecimal, and a zero for the four bits that a segment leaves out.
     "movw %cs, %bp",

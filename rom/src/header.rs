@@ -14,9 +14,17 @@ use vmi_abi::header::{
     PCI_DEVICE, PCI_LAST_IMAGE, PCI_SIGNATURE, PCI_VENDOR, PNP_SIGNATURE, PciHeader, PnpHeader,
     ROM_SIGNATURE, RomHeader, VMI_SIGNATURE,
 };
-use vmi_native_backend::calls::initialize;
 
-/// The native ROM needs no hole at the top of the guest's linear space.
+#[cfg(feature = "reference")]
+use crate::reference::{GRANT, vmi_init};
+#[cfg(not(feature = "reference"))]
+use vmi_native_backend::calls::initialize as vmi_init;
+
+/// What the image wants of whoever places it: nothing.
+#[cfg(not(feature = "reference"))]
+const GRANT: [u32; 2] = [0, 0];
+
+/// No backend needs a hole at the top of the guest's linear space.
 const VIRTUAL_TOP: u32 = 0;
 
 /// Class code of the image: a system peripheral of no particular kind.
@@ -61,11 +69,14 @@ global_asm!(
     ".word pnp_header - rom_start",
     ".if {has_lookup}",
     ".org rom_start + {vmi_init_at}",
-    "jmp {initialize}",
+    "jmp {vmi_init}",
     ".org rom_start + {get_reloc_at}",
     "jmp get_reloc",
     ".endif",
     ".org rom_start + {header_size}, 0",
+    ".if {memory_wanted}",
+    ".long {grant_signature}, {memory_wanted}, 0", // The distance is whoever's who grants it.
+    ".endif",
 
     ".balign 16",
     "pnp_header:",
@@ -91,7 +102,7 @@ global_asm!(
     ".org pci_header + {pci_size}",
 
     "manufacturer: .asciz \"open VMI ROM\"",
-    concat!("product: .asciz \"native backend ", env!("CARGO_PKG_VERSION"), "\""),
+    concat!("product: .asciz \"", backends!(), " ", env!("CARGO_PKG_VERSION"), "\""),
     ".if {has_lookup}",
     "license: .asciz \"GPL v2\"",
     "copyright: .asciz \"Copyright the open VMI ROM authors, MIT OR GPL-2.0-only\"",
@@ -110,9 +121,11 @@ global_asm!(
     license_at = const offset_of!(RomHeader, license_offs),
     pci_header_at = const offset_of!(RomHeader, pci_header_offs),
     vmi_init_at = const offset_of!(RomHeader, vmi_init),
-    initialize = sym initialize,
+    vmi_init = sym vmi_init,
     get_reloc_at = const offset_of!(RomHeader, get_reloc),
     header_size = const HEADER_SIZE,
+    grant_signature = const GRANT[0],
+    memory_wanted = const GRANT[1],
     pci_signature = const u32::from_le_bytes(PCI_SIGNATURE),
     vendor = const PCI_VENDOR,
     device = const PCI_DEVICE,

@@ -6,6 +6,7 @@
 //! - `entry`: the 16-bit code that the BIOS runs at POST,
 //! - `processors`: the part of it that finds out whether call sites may be rewritten,
 //! - `table`: `get_reloc` of revision 3.0 and its table, made from the declaration of the calls,
+//! - `reference`: the backend for the reference hypervisor, its memory and its entries,
 //! - `slots`: what revision 13.x has in its place,
 //! - `linked`: the names under which a kernel links to the calls.
 //!
@@ -13,6 +14,22 @@
 //! sets length and checksum.
 
 #![cfg_attr(target_os = "none", no_std, no_main)]
+
+/// The backends, as firmware and guest print them.
+#[cfg(all(target_os = "none", not(feature = "reference")))]
+macro_rules! backends {
+    () => {
+        "native backend"
+    };
+}
+
+/// The backends, as firmware and guest print them.
+#[cfg(all(target_os = "none", feature = "reference"))]
+macro_rules! backends {
+    () => {
+        "native and reference backends"
+    };
+}
 
 #[cfg(all(target_os = "none", feature = "rewrite-sites"))]
 #[macro_use]
@@ -23,6 +40,8 @@ mod entry;
 mod header;
 #[cfg(all(target_os = "none", feature = "linked"))]
 mod linked;
+#[cfg(all(target_os = "none", feature = "reference"))]
+mod reference;
 #[cfg(all(target_os = "none", feature = "slots"))]
 mod slots;
 #[cfg(all(target_os = "none", not(feature = "slots")))]

@@ -9,6 +9,18 @@ use core::arch::global_asm;
 use vmi_abi::{CALLS_3_0, CallNumber, RelocationInfo, RelocationType, for_each_call, number};
 use vmi_native_backend::binding::{Bind, SHORT_PLAIN, SiteRule, answer, is_short, least_rule};
 
+#[cfg(feature = "reference")]
+use crate::reference::{CHOSEN, DISTANCE};
+#[cfg(not(feature = "reference"))]
+use unplaced::{CHOSEN, DISTANCE};
+
+/// An image without backends to choose from reads neither.
+#[cfg(not(feature = "reference"))]
+mod unplaced {
+    pub(super) const CHOSEN: usize = 0;
+    pub(super) const DISTANCE: usize = 0;
+}
+
 /// Which answers this image gives.
 const BIND: Bind = if cfg!(feature = "bind-call") {
     Bind::Call
@@ -92,6 +104,25 @@ macro_rules! emit_table {
             ".endif",
             "cmpl ${count}, %eax",
             "jae 2f",
+            // A backend that was chosen has code of its own for some calls. Its page is there if the image was
+            // placed, and begins with whether one was chosen.
+            ".if {has_backends}",
+            "cmpl $0, (entries - 1b)(%ecx, %eax, 4)",
+            "je 5f",
+            "pushl %edx",
+            "movl (rom_start - 1b + {distance})(%ecx), %edx",
+            "testl %edx, %edx",
+            "jz 4f",
+            "cmpl $0, (rom_start - 1b + {chosen})(%ecx, %edx)",
+            "4: popl %edx",
+            "je 5f",
+            "leal (entries - 1b)(%ecx, %eax, 4), %ecx",
+            "movl (%ecx), %eax",
+            "addl %ecx, %eax",
+            "movl ${call_rel}, %edx",
+            "retl",
+            "5:",
+            ".endif",
             "leal (rows - 1b)(%ecx, %eax, {row_size}), %ecx",
             "cmpb $0, 4(%ecx)",
             "je 2f",
@@ -126,6 +157,10 @@ macro_rules! emit_table {
             keep_site = const KEEP_SITE,
             is_linked = const cfg!(feature = "linked") as u8,
             never = const SiteRule::Never as u8,
+            has_backends = const cfg!(feature = "reference") as u8,
+            distance = const DISTANCE,
+            chosen = const CHOSEN,
+            call_rel = const RelocationType::CALL_REL.0,
             options(att_syntax),
         );
     };

@@ -30,8 +30,10 @@ pub(super) enum Fault {
     EverythingWaits,
     /// SetCR3 waits, and lets what is before it wait.
     EntriesWaitBeyondSetCr3,
-    /// InvalPage goes ahead of what waits.
-    InvalPageDoesNotFlush,
+    /// InvalPage waits with the others.
+    InvalPageWaits,
+    /// GetCR2 goes ahead of what waits.
+    GetCR2DoesNotFlush,
     /// SetLazyMode(0) does not flush.
     LeavingDoesNotFlush,
     /// Changing between the lazy modes does not flush.
@@ -47,7 +49,7 @@ std::thread_local! {
 }
 
 impl Fault {
-    const ALL: [Self; 14] = [
+    const ALL: [Self; 15] = [
         Self::PartialBatchIsLost,
         Self::PartialBatchIsRepeated,
         Self::RefusedIsSkipped,
@@ -57,7 +59,8 @@ impl Fault {
         Self::SwapsNeighbours,
         Self::EverythingWaits,
         Self::EntriesWaitBeyondSetCr3,
-        Self::InvalPageDoesNotFlush,
+        Self::InvalPageWaits,
+        Self::GetCR2DoesNotFlush,
         Self::LeavingDoesNotFlush,
         Self::OtherModeDoesNotFlush,
         Self::GoesOnAfterStop,
@@ -105,7 +108,7 @@ const TELL_C: Operation = Operation::UpdatePxE { entry: 2, defer: false };
 const DESCRIPTOR: Operation = Operation::WriteEntry { table: 0, index: 1 };
 
 /// Of each kind of operation one or two.
-const ALPHABET: [Operation; 14] = [
+const ALPHABET: [Operation; 15] = [
     SET_A,
     CLEAR_A,
     SET_B,
@@ -119,6 +122,7 @@ const ALPHABET: [Operation; 14] = [
     Operation::SetLazyMode(1),
     Operation::SetLazyMode(2),
     Operation::InvalPage(0),
+    Operation::Page { release: true },
     Operation::Access(0),
 ];
 
@@ -220,7 +224,7 @@ fn every_fault_is_found() {
 
 prop_compose! {
     fn operation()(
-        kind in 0..24_u32, entry in 0..ENTRIES, present: bool, defer in prop::bool::weighted(0.2), table in 0..3_usize,
+        kind in 0..25_u32, entry in 0..ENTRIES, present: bool, defer in prop::bool::weighted(0.2), table in 0..3_usize,
         index in 0..2_usize, mode in 0..4_u32, observer in 0..5_usize,
     ) -> Operation {
         match kind {
@@ -236,7 +240,8 @@ prop_compose! {
             19 => Operation::InvalPage(entry),
             20 => Operation::FlushTLB,
             21 => Operation::Access(entry),
-            22 => if present { Operation::Observer(observer) } else { Operation::Indifferent },
+            22 => Operation::Page { release: present },
+            23 => if present { Operation::Observer(observer) } else { Operation::Indifferent },
             _ => Operation::Interrupts(present || defer),
         }
     }

@@ -36,11 +36,25 @@ pub struct Args {
     #[arg(long, value_enum, hide_default_value = true)]
     bind: Option<Binding>,
 
+    /// Which backends an image of revision 3.0 has, that rewrites sites. [default: all]
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "BACKEND,...", hide_default_value = true)]
+    #[arg(conflicts_with_all = ["bind", "link", "examples"])]
+    backends: Vec<BackendName>,
+
     /// Also write a copy of each image for the expansion ROM of a PCI card, here the card's vendor
     /// and device in hexadecimal: 8086:100e is QEMU's e1000. SeaBIOS starts no other ROM from a
     /// card than one with the card's own numbers.
     #[arg(long, value_name = "VENDOR:DEVICE", value_parser = card)]
     card: Option<(u16, u16)>,
+}
+
+/// A backend of an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum BackendName {
+    /// The bare machine. Every image has it.
+    Native,
+    /// The reference hypervisor: target/rom/vmi-reference.rom, native on everything else.
+    Reference,
 }
 
 /// Reads `VENDOR:DEVICE`.
@@ -108,13 +122,24 @@ impl Binding {
 ///
 /// Answers were chosen for a revision that has none.
 fn forms(args: &Args) -> Result<Vec<Form>> {
+    if !args.backends.is_empty() {
+        if !matches!(args.api, None | Some(Api::Lookup)) {
+            bail!("--backends is for revision 3.0: the images of 13.x have the native backend only");
+        }
+        let has_reference = args.backends.contains(&BackendName::Reference);
+        let form = if has_reference { Form::Reference } else { Form::Lookup(Bind::Rewrite) };
+        return Ok(vec![form]);
+    }
     let kinds = args.bind.unwrap_or(Binding::All).kinds();
     let lookup = || kinds.iter().copied().map(Form::Lookup);
     Ok(match (args.api.unwrap_or(Api::All), args.bind) {
-        (Api::Lookup, _) => lookup().collect(),
+        (Api::Lookup, None) => lookup().chain([Form::Reference]).collect(),
+        (Api::Lookup, Some(_)) => lookup().collect(),
         (Api::Slots13_0, None) => vec![Form::Slots13_0],
         (Api::Slots13_3, None) => vec![Form::Slots13_3],
-        (Api::All, None) => lookup().chain([Form::Slots13_0, Form::Slots13_3]).collect(),
+        (Api::All, None) => {
+            lookup().chain([Form::Reference, Form::Slots13_0, Form::Slots13_3]).collect()
+        }
         // Whoever chooses answers means the revision that has them.
         (Api::All, Some(_)) => lookup().collect(),
         (Api::Slots13_0 | Api::Slots13_3, Some(_)) => {
@@ -217,8 +242,10 @@ fn sum(bytes: &[u8]) -> Cell {
 
 /// How many calls the image answers in which way, or has slots for.
 fn answers(form: Form) -> String {
-    let Form::Lookup(bind) = form else {
-        return format!("{} slots", form.revision().calls().count());
+    let bind = match form {
+        Form::Lookup(bind) => bind,
+        Form::Reference => Bind::Rewrite,
+        _ => return format!("{} slots", form.revision().calls().count()),
     };
     let kinds = [
         RelocationType::NONE,
@@ -243,15 +270,16 @@ mod tests {
     #[test]
     fn answers_are_chosen_for_revision_3_0_only() {
         let asked = |api, bind| {
-            forms(&Args { api: Some(api), link: false, examples: false, bind, card: None })
+            let backends = Vec::new();
+            forms(&Args { api: Some(api), link: false, examples: false, bind, backends, card: None })
         };
         let names = |api, bind| -> Vec<&str> {
             asked(api, bind).expect("sensible").into_iter().map(Form::name).collect()
         };
-        assert_eq!(names(Api::All, None).len(), 5);
+        assert_eq!(names(Api::All, None).len(), 6);
         assert_eq!(names(Api::All, Some(Binding::Call)), ["vmi-native-call"]);
         assert_eq!(names(Api::Lookup, Some(Binding::Rewrite)), ["vmi-native"]);
-        assert_eq!(names(Api::Lookup, None).len(), 3);
+        assert_eq!(names(Api::Lookup, None).len(), 4);
         assert_eq!(names(Api::Slots13_0, None), ["vmi-13.0-native"]);
         assert_eq!(names(Api::Slots13_3, None), ["vmi-13.3-native"]);
         for api in [Api::Slots13_0, Api::Slots13_3] {

@@ -18,6 +18,8 @@ const DESCRIPTORS: usize = 2;
 const ENTRY_BASE: u32 = 0xc000_1000;
 const TABLE_BASES: [u32; 3] = [0xc001_0000, 0xc002_0000, 0xc003_0000];
 const TASK_STATE: u32 = 0xc004_0000;
+const PAGE_BASE: u32 = 0xc005_0000;
+const PAGE: u32 = 0x1000;
 const PRESENT: u64 = 1;
 
 /// What the guest does. Every value that it writes is another one, so that no two updates look alike by chance.
@@ -49,9 +51,13 @@ pub(super) enum Operation {
     SetLazyMode(u32),
     InvalPage(usize),
     FlushTLB,
+    /// AllocatePage or ReleasePage, of another frame each time.
+    Page {
+        release: bool,
+    },
     /// An access to memory that the entry maps; if it is not present, the page fault asks for GetCR2.
     Access(usize),
-    /// A flush by a call that has no effect here: IRET, ReleasePage, APICWrite, GetPxELong, FlushDeferredCalls.
+    /// A flush by a call that has no effect here: IRET, GetCR3, APICWrite, GetPxELong, FlushDeferredCalls.
     Observer(usize),
     /// A call that needs to see nothing.
     Indifferent,
@@ -96,6 +102,8 @@ struct State {
     kernel_stack: u32,
     cr3: u32,
     task_switched: bool,
+    /// The last page that became a page table, and the last one that no longer is.
+    pages: [u32; 2],
 }
 
 /// A call on its way.
@@ -116,6 +124,11 @@ struct Seen {
 
 fn entry_address(entry: usize) -> u32 {
     ENTRY_BASE + 8 * entry as u32
+}
+
+/// What an entry maps.
+fn page_address(entry: usize) -> u32 {
+    PAGE_BASE + PAGE * entry as u32
 }
 
 fn entry_of(update: &Update) -> usize {
@@ -142,6 +155,10 @@ impl State {
             number::UpdateKernelStack => self.kernel_stack = low,
             number::SetCR3 => self.cr3 = low,
             number::CLTS => self.task_switched = false,
+            number::AllocatePage => self.pages[0] = address,
+            number::ReleasePage => self.pages[1] = address,
+            // What they drop is the processor's.
+            number::InvalPage | number::FlushTLB => {}
             _ => panic!("{update} is no update"),
         }
     }
@@ -152,8 +169,12 @@ fn may_wait(update: &Update, mode: u32) -> bool {
     let defer = update.flags & EntryFlags::DEFER.bits() != 0;
     match update.call {
         number::SetPxE | number::SetPxELong | number::UpdatePxE => mode == 1 || defer,
-        number::UpdateKernelStack => false,
-        _ => mode == 2,
+        number::WriteGDTEntry
+        | number::WriteLDTEntry
+        | number::WriteIDTEntry
+        | number::SetCR3
+        | number::CLTS => mode == 2,
+        _ => false,
     }
 }
 
@@ -292,7 +313,7 @@ impl<'a, const CAPACITY: usize> Machine<'a, CAPACITY> {
             Operation::UpdatePxE { entry, defer } => {
                 // The guest's part: it does not write an entry itself while an update of it waits.
                 while self.is_waiting(entry) && !self.is_stopped.get() {
-                    self.call(number::InvalPage, || self.invalidate(entry));
+                    self.perform(Operation::InvalPage(entry));
                 }
                 for state in [&self.reference, &self.processor] {
                     state.borrow_mut().entries[entry] = u64::from(value) | PRESENT;
@@ -324,16 +345,16 @@ impl<'a, const CAPACITY: usize> Machine<'a, CAPACITY> {
                     self.expect_visible(seen.updates, "SetLazyMode");
                 }
             }
-            Operation::InvalPage(entry) => self.call(number::InvalPage, || self.invalidate(entry)),
-            Operation::FlushTLB => {
-                self.call(number::FlushTLB, || {
-                    (0..ENTRIES).for_each(|entry| self.invalidate(entry))
-                });
+            Operation::InvalPage(entry) => {
+                self.submit(Update::InvalPage(page_address(entry) + value % PAGE));
             }
+            Operation::FlushTLB => self.submit(Update::FlushTLB(value)),
+            Operation::Page { release: false } => self.submit(Update::AllocatePage(value, 0)),
+            Operation::Page { release: true } => self.submit(Update::ReleasePage(value, 0)),
             Operation::Access(entry) => self.access(entry),
             Operation::Observer(which) => match which {
                 0 => self.before(number::IRET.call().expect("in the table")),
-                1 => self.call(number::ReleasePage, || ()),
+                1 => self.call(number::GetCR3, || ()),
                 2 => self.call(number::APICWrite, || ()),
                 3 => self
                     .before(CALLS_13[usize::from(slot::GetPxELong.number)].expect("in the table")),
@@ -474,8 +495,11 @@ impl<'a, const CAPACITY: usize> Machine<'a, CAPACITY> {
         });
         self.reached.set(place.map_or(order.len(), |place| place + 1));
         self.processor.borrow_mut().apply(update);
-        if update.call == number::SetCR3 {
-            *self.tlb.borrow_mut() = [None; ENTRIES];
+        match update.call {
+            number::SetCR3 => *self.tlb.borrow_mut() = [None; ENTRIES],
+            number::InvalPage => self.invalidate(((update.address - PAGE_BASE) / PAGE) as usize),
+            number::FlushTLB => (0..ENTRIES).for_each(|entry| self.invalidate(entry)),
+            _ => {}
         }
     }
 

@@ -1,0 +1,335 @@
+//! The reference backend in the image.
+//!
+//! Whoever places the image grants it a page of memory, and writes into the image how far behind the image's first byte that
+//! lies. `vmi_init` looks who is there and notes its choice in the page; `get_reloc` then answers some calls with the entries
+//! below. A file that nobody placed has no distance, so it never looks: it is the native image.
+//!
+//! Each entry takes the registers of its call's contract to a function in Rust, and keeps all that the contract does not give
+//! away: EBX, ESI, EDI and EBP are C's to keep, too. The page is found by the code's own place, so every alias of the image
+//! finds it at an alias of the page.
+
+#![expect(unsafe_code, reason = "UNSAFETY: naked routines, and memory at a distance that the image is told")]
+#![expect(non_snake_case, reason = "the specification's names")]
+
+use core::arch::{asm, global_asm, naked_asm};
+use core::mem::{MaybeUninit, offset_of};
+use vmi_abi::flags::LazyMode;
+use vmi_abi::{CALLS_3_0, CallNumber, for_each_call, number};
+use vmi_hv_backend::reference::interface::{BATCH_LIMIT, GRANT_OFFSET, GRANT_SIGNATURE, Grant};
+use vmi_hv_backend::reference::{Reference, cpuid};
+use vmi_hv_backend::{Backend, Queue, Role, Update, detect};
+use vmi_native_backend::calls as native;
+/// Names for the calls that have no entry here; where there is one, its name comes first.
+use vmi_native_backend::calls::*;
+
+vmi_hv_backend::backends! {
+    /// The backends besides the native one.
+    enum Transport {
+        Reference(Reference),
+    }
+}
+
+/// What the granted page holds. Zeroes are a page in which nothing is chosen.
+#[repr(C)]
+struct State {
+    /// Not zero once a backend is chosen.
+    chosen: u32,
+    /// The backend, if one is chosen.
+    transport: MaybeUninit<Transport>,
+    /// What waits for it.
+    queue: Queue<{ BATCH_LIMIT as usize }>,
+}
+
+const _: () = assert!(size_of::<State>() <= Reference::MEMORY as usize);
+
+/// The image's [`Grant`], without the distance.
+pub(crate) const GRANT: [u32; 2] = [GRANT_SIGNATURE, Reference::MEMORY];
+
+/// Offset in the image of the page's distance.
+pub(crate) const DISTANCE: usize = GRANT_OFFSET + offset_of!(Grant, distance);
+
+/// Offset in the page of the word that says whether a backend is chosen.
+pub(crate) const CHOSEN: usize = offset_of!(State, chosen);
+
+/// Whether the chosen backend serves a call.
+const fn is_served(number: CallNumber) -> bool {
+    let mut i = 0;
+    while i < Reference::SERVED.len() {
+        if Reference::SERVED[i].0 == number.0 {
+            return true;
+        }
+        i += 1;
+    }
+    false
+}
+
+/// `vmi_init`: EAX = 0 where the image can serve the guest, which is where native code can run. Changes ECX, EDX, flags.
+///
+/// # Safety
+///
+/// As for every call: ring 0, and flat segments. A distance that is not zero leads to the granted memory.
+#[unsafe(naked)]
+pub(crate) unsafe extern "C" fn vmi_init() {
+    naked_asm!(
+        "call {initialize}",
+        "testl %eax, %eax",
+        "jnz 2f",
+        "call 1f",
+        "1: popl %edx",
+        "movl (rom_start - 1b + {distance})(%edx), %ecx",
+        "jecxz 2f",
+        "leal (rom_start - 1b)(%edx, %ecx), %ecx",
+        "call {choose}",
+        "xorl %eax, %eax",
+        "2: retl",
+        initialize = sym initialize,
+        distance = const DISTANCE,
+        choose = sym choose,
+        options(att_syntax),
+    )
+}
+
+/// Chooses a backend for this hypervisor, or none. Chosen once, it stays as it is, and so does what waits.
+extern "fastcall" fn choose(state: *mut State) {
+    // The page has to be where its physical address says, as far as a guest can tell.
+    if !state.addr().is_multiple_of(Reference::MEMORY as usize) {
+        return;
+    }
+    // SAFETY: the granted memory, zeroed at first. Nobody else uses it.
+    let state = unsafe { &mut *state };
+    if state.chosen != 0 {
+        return;
+    }
+    if let Some(transport) = Transport::choose(&detect(cpuid)) {
+        state.transport.write(transport);
+        state.chosen = 1;
+    }
+}
+
+/// The state of a backend that is chosen.
+///
+/// # Safety
+///
+/// A backend is chosen.
+#[inline(always)]
+unsafe fn chosen() -> (&'static Transport, &'static Queue<{ BATCH_LIMIT as usize }>) {
+    let state: *const State;
+    // SAFETY: the distance lies in the image, and leads to the state.
+    unsafe {
+        asm!(
+            "call 2f",
+            "2: popl {0}",
+            "addl (rom_start - 2b + {distance})({0}), {0}",
+            "addl $(rom_start - 2b), {0}",
+            out(reg) state,
+            distance = const DISTANCE,
+            options(att_syntax),
+        );
+        ((*state).transport.assume_init_ref(), &(*state).queue)
+    }
+}
+
+/// Hands an update to the queue.
+#[inline(always)]
+fn submit(update: Update) {
+    // SAFETY: `get_reloc` gives an entry away only when a backend is chosen.
+    let (transport, queue) = unsafe { chosen() };
+    queue.submit(transport, update);
+}
+
+/// Has everything that waits done, and then this, uninterrupted.
+#[inline(always)]
+fn flushed<R>(effect: impl FnOnce() -> R) -> R {
+    // SAFETY: as above.
+    let (transport, queue) = unsafe { chosen() };
+    queue.flushed(transport, effect)
+}
+
+/// Defines entries: what the naked routine does to call the function behind it, whose arguments are, in this order, ECX, EDX
+/// and the stack, from which it takes them.
+macro_rules! entries {
+    ($(
+        $(#[$attribute:meta])*
+        $name:ident { $($assembly:literal),+ } $function:ident($($argument:ident),*) $(-> $result:ty)? $body:block
+    )*) => { $(
+        $(#[$attribute])*
+        ///
+        /// # Safety
+        ///
+        /// As for every call, and a backend is chosen.
+        #[unsafe(naked)]
+        unsafe extern "C" fn $name() {
+            extern "fastcall" fn $function($($argument: u32),*) $(-> $result)? $body
+            naked_asm!($($assembly,)+ function = sym $function, options(att_syntax))
+        }
+    )* };
+}
+
+entries! {
+    /// EAX value, EDX entry, ECX flags.
+    SetPxE { "pushl %eax", "call {function}", "retl" }
+    set_entry(flags, entry, value) {
+        submit(Update::SetPxE(value, entry, Reference::entry_flags(flags)));
+    }
+
+    /// EDX:EAX value, ECX entry, stack flags.
+    SetPxELong { "pushl 4(%esp)", "pushl %eax", "call {function}", "retl" }
+    set_long_entry(entry, high, low, flags) {
+        let value = u64::from(high) << 32 | u64::from(low);
+        submit(Update::SetPxELong(value, entry, Reference::entry_flags(flags)));
+    }
+
+    /// EAX entry, EDX flags.
+    UpdatePxE { "movl %eax, %ecx", "jmp {function}" }
+    update_entry(entry, flags) {
+        submit(Update::UpdatePxE(entry, Reference::entry_flags(flags)));
+    }
+
+    /// EAX entry, EDX flags.
+    UpdatePxELong { "movl %eax, %ecx", "jmp {function}" }
+    update_long_entry(entry, flags) {
+        submit(Update::UpdatePxELong(entry, Reference::entry_flags(flags)));
+    }
+
+    /// EAX frame, EDX flags, ECX source of a clone, on the stack where and how many: the guest has copied them.
+    AllocatePage { "movl %eax, %ecx", "jmp {function}" }
+    allocate_page(frame, flags) {
+        submit(Update::AllocatePage(frame, flags));
+    }
+
+    /// EAX frame, EDX flags.
+    ReleasePage { "movl %eax, %ecx", "jmp {function}" }
+    release_page(frame, flags) {
+        submit(Update::ReleasePage(frame, flags));
+    }
+
+    /// EAX linear address.
+    InvalPage { "movl %eax, %ecx", "jmp {function}" }
+    invalidate(address) {
+        submit(Update::InvalPage(address));
+    }
+
+    /// EAX flags.
+    FlushTLB { "movl %eax, %ecx", "jmp {function}" }
+    flush_translations(flags) {
+        submit(Update::FlushTLB(flags));
+    }
+
+    /// EAX value.
+    SetCR3 { "movl %eax, %ecx", "jmp {function}" }
+    set_cr3(value) {
+        submit(Update::SetCR3(value));
+    }
+
+    /// EAX mode.
+    SetLazyMode { "movl %eax, %ecx", "jmp {function}" }
+    set_lazy_mode(mode) {
+        // SAFETY: as above.
+        let (transport, queue) = unsafe { chosen() };
+        let Transport::Reference(reference) = transport;
+        queue.set_lazy_mode(transport, reference.lazy_mode(LazyMode(mode)));
+    }
+
+    /// EAX value.
+    SetCR0 { "movl %eax, %ecx", "jmp {function}" }
+    set_cr0(value) {
+        // SAFETY: the guest's own value for its own register.
+        flushed(|| unsafe { asm!("movl {}, %cr0", in(reg) value, options(att_syntax)) });
+    }
+
+    /// EAX value.
+    SetCR4 { "movl %eax, %ecx", "jmp {function}" }
+    set_cr4(value) {
+        // SAFETY: as above.
+        flushed(|| unsafe { asm!("movl {}, %cr4", in(reg) value, options(att_syntax)) });
+    }
+
+    /// -> EAX.
+    GetCR2 { "jmp {function}" }
+    get_cr2() -> u32 {
+        flushed(|| {
+            let value;
+            // SAFETY: reading the register changes nothing.
+            unsafe { asm!("movl %cr2, {}", out(reg) value, options(att_syntax)) };
+            value
+        })
+    }
+
+    /// -> EAX.
+    GetCR3 { "jmp {function}" }
+    get_cr3() -> u32 {
+        flushed(|| {
+            let value;
+            // SAFETY: as above.
+            unsafe { asm!("movl %cr3, {}", out(reg) value, options(att_syntax)) };
+            value
+        })
+    }
+}
+
+/// Defines entries after which the native call goes on, with the registers of its contract.
+macro_rules! endings {
+    ($($name:ident)*) => { $(
+        /// Hands over what waits, and goes on as the native call.
+        ///
+        /// # Safety
+        ///
+        /// As for every call, and a backend is chosen.
+        #[unsafe(naked)]
+        unsafe extern "C" fn $name() {
+            naked_asm!(
+                "pushl %eax",
+                "call {flush}",
+                "popl %eax",
+                "jmp {native}",
+                flush = sym flush,
+                native = sym native::$name,
+                options(att_syntax),
+            )
+        }
+    )* };
+}
+
+endings! { Halt Shutdown Reboot }
+
+extern "fastcall" fn flush() {
+    flushed(|| ());
+}
+
+/// What is no update goes through [`flushed`], as [`Role`] says it has to.
+const _: () = {
+    let mut i = 0;
+    while i < Reference::SERVED.len() {
+        let call = &CALLS_3_0[Reference::SERVED[i].0 as usize];
+        assert!(matches!(Role::of(call), Role::Update | Role::Flush));
+        i += 1;
+    }
+};
+
+/// Emits, for each call, the distance from its own place to the call's entry; 0 where the native answer holds.
+macro_rules! emit_entries {
+    (
+        revision_3_0 { $( #[doc = $summary:literal] $name:ident = $number:literal => $contract:expr )* }
+        only_13 { $($old:tt)* }
+    ) => {
+        global_asm!(
+            ".pushsection .rom.table, \"ax\", @progbits",
+            ".balign 4",
+            ".globl entries",
+            ".hidden entries",
+            "entries:",
+            $(
+                concat!(".if {} # ", stringify!($name)),
+                ".long {} - .",
+                ".else",
+                ".long 0",
+                ".endif",
+            )*
+            ".popsection",
+            $( const is_served(number::$name) as u8, sym $name, )*
+            options(att_syntax),
+        );
+    };
+}
+
+for_each_call!(emit_entries);
