@@ -1,10 +1,16 @@
 //! The reference hypervisor's parts that need no machine: they are tested on the host.
 //!
 //! - [`memory`]: the guest's physical memory, as the hypervisor sees it.
+//! - [`walk`]: the guest's own translation of linear addresses, as its processor would make it.
+//! - [`shadow`]: the page tables that the processor really walks.
+//! - [`hypercall`]: what a guest asks for, checked and done.
 
 #![no_std]
 
 #[cfg(test)]
 extern crate std;
 
+pub mod hypercall;
 pub mod memory;
+pub mod shadow;
+pub mod walk;
