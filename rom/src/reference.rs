@@ -8,7 +8,10 @@
 //! away: EBX, ESI, EDI and EBP are C's to keep, too. The page is found by the code's own place, so every alias of the image
 //! finds it at an alias of the page.
 
-#![expect(unsafe_code, reason = "UNSAFETY: naked routines, and memory at a distance that the image is told")]
+#![expect(
+    unsafe_code,
+    reason = "UNSAFETY: naked routines, and memory at a distance that the image is told"
+)]
 #![expect(non_snake_case, reason = "the specification's names")]
 
 use core::arch::{asm, global_asm, naked_asm};

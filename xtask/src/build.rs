@@ -210,6 +210,15 @@ pub fn guest(tools: &Tools, links: &[Link]) -> Result<PathBuf> {
     Ok(path)
 }
 
+/// Builds the reference hypervisor.
+///
+/// # Errors
+///
+/// There is no program yet.
+pub fn hypervisor(_tools: &Tools) -> Result<PathBuf> {
+    bail!("the reference hypervisor has no program yet")
+}
+
 /// Builds a kernel for the bare machine, from a package whose build script hands the linker the objects that
 /// `VMI_NATIVE_OBJECTS` names.
 ///

@@ -186,14 +186,20 @@ pub fn check(
     let run = machine
         .follow(emulator, progress)
         .with_context(|| format!("{} was not run", subject.name()))?;
-    let report = Report::parse(&run.serial);
-    let calls = summaries(&report, subject.client.revision());
-    let costs = if machine.steady_time { costs(&report) } else { Vec::new() };
-    let wants_linked = subject.rom.is_none();
-    Ok(Conformance { run, report, calls, wants_linked, costs })
+    Ok(Conformance::of(run, subject.client, subject.rom.is_none(), machine.steady_time))
 }
 
 impl Conformance {
+    /// What came of a run. The guest is to take what is linked into it, or a ROM; without steady time it says
+    /// nothing about costs.
+    #[must_use]
+    pub fn of(run: Run, client: Client, wants_linked: bool, steady_time: bool) -> Self {
+        let report = Report::parse(&run.serial);
+        let calls = summaries(&report, client.revision());
+        let costs = if steady_time { costs(&report) } else { Vec::new() };
+        Self { run, report, calls, wants_linked, costs }
+    }
+
     /// Why the ROM did not pass; nothing if it did.
     #[must_use]
     pub fn complaint(&self) -> Option<String> {
@@ -298,6 +304,7 @@ mod tests {
         let run = Run {
             outcome: Outcome::Passed,
             serial: log.into(),
+            host: String::new(),
             debug: String::new(),
             duration: Duration::ZERO,
             command: String::new(),

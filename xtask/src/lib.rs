@@ -13,6 +13,7 @@
 //! - [`qemu`]: one run of a machine,
 //! - [`tap`]: what the test guest reports,
 //! - [`conformance`]: one ROM under the test guest,
+//! - [`hypervisor`]: the guest on the reference hypervisor,
 //! - [`iso`]: a disc that boots the guest,
 //! - [`inspect`]: what is in an image, and whether it keeps the contract,
 //! - [`reference`]: the page of calls in `docs/`,
@@ -23,6 +24,7 @@ pub mod build;
 pub mod c_header;
 pub mod conformance;
 pub mod examples;
+pub mod hypervisor;
 pub mod image;
 pub mod inspect;
 pub mod iso;

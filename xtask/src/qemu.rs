@@ -96,6 +96,8 @@ pub struct Machine {
     pub kernel: Option<PathBuf>,
     /// A file that the kernel gets along.
     pub initrd: Option<PathBuf>,
+    /// Files that a multiboot kernel gets along, instead of `initrd`.
+    pub modules: Vec<Module>,
     /// The kernel's command line.
     pub append: Option<String>,
     /// End when the guest resets the machine.
@@ -111,6 +113,17 @@ pub struct Machine {
     pub marker: String,
     /// What must come out of the debug port.
     pub banner: Option<String>,
+    /// What the lines of a hypervisor below the guest start with: they are none of the guest's.
+    pub host_prefix: Option<String>,
+}
+
+/// A file for a multiboot kernel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Module {
+    /// The file.
+    pub path: PathBuf,
+    /// The words behind its name on its command line.
+    pub words: String,
 }
 
 impl Default for Machine {
@@ -123,6 +136,7 @@ impl Default for Machine {
             roms: Vec::new(),
             kernel: None,
             initrd: None,
+            modules: Vec::new(),
             append: None,
             no_reboot: true,
             steady_time: true,
@@ -130,6 +144,7 @@ impl Default for Machine {
             limit: Duration::from_secs(60),
             marker: "# vmi-guest: all ".into(),
             banner: Some(BANNER.into()),
+            host_prefix: None,
         }
     }
 }
@@ -187,6 +202,8 @@ pub struct Run {
     pub outcome: Outcome,
     /// What the guest wrote to its serial port.
     pub serial: String,
+    /// What a hypervisor below it wrote there, without the prefix of its lines.
+    pub host: String,
     /// What came out of the debug port.
     pub debug: String,
     /// How long it took.
@@ -285,6 +302,14 @@ impl Machine {
             if let Some(file) = file {
                 arguments.extend([option.into(), file.clone().into_os_string()]);
             }
+        }
+        if !self.modules.is_empty() {
+            let module = |Module { path, words }: &Module| {
+                let line = format!("{} {words}", path.display());
+                escaped(line.trim_end())
+            };
+            let modules: Vec<String> = self.modules.iter().map(module).collect();
+            arguments.extend(["-initrd".into(), modules.join(",").into()]);
         }
         if let Some(append) = &self.append {
             arguments.extend(["-append".into(), append.into()]);
@@ -396,6 +421,7 @@ impl Machine {
         }
         lines.try_iter().for_each(&mut take);
         let said = complainer.and_then(|thread| thread.join().ok()).unwrap_or_default();
+        let (serial, host) = self.parted(&serial);
         let debug = match std::fs::read(&debug_path) {
             Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
             Err(_) => String::new(), // QEMU ended before it made the file.
@@ -410,7 +436,14 @@ impl Machine {
         };
         let mut words = vec![emulator.path.as_os_str().to_string_lossy().into_owned()];
         words.extend(arguments.iter().map(|word| word.to_string_lossy().into_owned()));
-        Ok(Run { outcome, serial, debug, duration: start.elapsed(), command: words.join(" ") })
+        Ok(Run {
+            outcome,
+            serial,
+            host,
+            debug,
+            duration: start.elapsed(),
+            command: words.join(" "),
+        })
     }
 
     /// The same machine with a copy of each ROM that goes into a card, or whose path is too long.
@@ -430,7 +463,29 @@ impl Machine {
                 Attachment::OptionRom(_) => {}
             }
         }
+        // QEMU takes the first word for the name.
+        let is_awkward = |path: &Path| path.to_string_lossy().contains(char::is_whitespace);
+        for (index, module) in machine.modules.iter_mut().enumerate() {
+            if is_awkward(&module.path) {
+                let copy = folder.join(format!("{index}.module"));
+                std::fs::copy(&module.path, &copy)?;
+                module.path = copy;
+            }
+        }
         Ok(machine)
+    }
+
+    /// The guest's lines, and those of a hypervisor below it.
+    fn parted(&self, serial: &str) -> (String, String) {
+        let Some(prefix) = &self.host_prefix else { return (serial.to_owned(), String::new()) };
+        let (mut guest, mut host) = (String::new(), String::new());
+        for line in serial.split_inclusive('\n') {
+            match line.strip_prefix(prefix.as_str()) {
+                Some(line) => host.push_str(line),
+                None => guest.push_str(line),
+            }
+        }
+        (guest, host)
     }
 
     /// Whether a run that ended by the right status passed.
@@ -498,6 +553,23 @@ mod tests {
             };
             assert!(matches!(machine.arguments(), Err(Error::NoPci(found)) if found == model));
         }
+    }
+
+    #[test]
+    fn modules_have_words_and_commas_survive() {
+        let module = |path: &str, words: &str| Module { path: path.into(), words: words.into() };
+        let modules = vec![module("guest", "client=3.0 a,b"), module("rom", "")];
+        let words = words(&Machine { modules, ..Machine::default() });
+        let at = words.iter().position(|word| word == "-initrd").expect("modules");
+        assert_eq!(words[at + 1], "guest client=3.0 a,,b,rom");
+    }
+
+    #[test]
+    fn a_hypervisors_lines_are_not_the_guests() {
+        let machine = Machine { host_prefix: Some("hypervisor: ".into()), ..Machine::default() };
+        let parted = machine.parted("a\nhypervisor: b\nc\nhypervisor: d");
+        assert_eq!(parted, ("a\nc\n".into(), "b\nd".into()));
+        assert_eq!(Machine::default().parted("hypervisor: b\n").1, "");
     }
 
     #[test]

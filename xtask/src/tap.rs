@@ -11,6 +11,8 @@
 //!   ...
 //! # call mode=non-PAE alias=direct number=29 name=EnableInterrupts answer=CALL_REL verdict=ok stack=4 instructions=2 checks=118
 //! # cost operation="cli and sti" times=100 native=8000 rom=8000
+//! # workload name="fork" mode=PAE operations=4 entries=12288 counters=0,12,...
+//! # hostile what="hypercalls" count=1500
 //! 1..2
 //! # vmi-guest: 1 of 2 checks fail
 //! ```
@@ -20,6 +22,7 @@
 
 use serde::Serialize;
 use std::collections::BTreeMap;
+use vmi_hv_backend::reference::interface::Counters;
 
 /// The line that starts the report.
 const VERSION: &str = "TAP version 14";
@@ -38,6 +41,10 @@ pub struct Report {
     pub calls: Vec<CallLine>,
     /// What the operations of a kernel cost.
     pub costs: Vec<CostLine>,
+    /// What a kernel's work costs under the reference hypervisor.
+    pub workloads: Vec<WorkloadLine>,
+    /// What a hostile guest tried under it.
+    pub attempts: Vec<AttemptLine>,
     /// How many checks the guest planned.
     pub plan: Option<usize>,
     /// The closing line, without its start.
@@ -108,6 +115,41 @@ pub struct CostLine {
     pub native: u64,
     /// With the ROM's answers.
     pub rom: u64,
+}
+
+/// What a kernel's work costs under the reference hypervisor.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct WorkloadLine {
+    /// What is done.
+    pub name: String,
+    /// The guest's paging mode.
+    pub mode: String,
+    /// How often it is done.
+    pub operations: u32,
+    /// Page-table entries that were changed, in all operations.
+    pub entries: u64,
+    /// What the hypervisor counted meanwhile.
+    #[serde(serialize_with = "by_name")]
+    pub counters: Counters,
+}
+
+/// What a hostile guest tried.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct AttemptLine {
+    /// What.
+    pub what: String,
+    /// How many times.
+    pub count: u32,
+}
+
+/// The counters under their names.
+fn by_name<S: serde::Serializer>(counters: &Counters, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_map(named(counters))
+}
+
+/// The counters with their names.
+pub fn named(counters: &Counters) -> impl Iterator<Item = (&'static str, u64)> {
+    Counters::EXITS.iter().chain(Counters::OTHERS).copied().zip(counters.values())
 }
 
 /// What came of a call.
@@ -185,6 +227,10 @@ impl Reader {
             self.call(fields);
         } else if let Some(fields) = line.strip_prefix("# cost ") {
             self.cost(fields);
+        } else if let Some(fields) = line.strip_prefix("# workload ") {
+            self.workload(fields);
+        } else if let Some(fields) = line.strip_prefix("# hostile ") {
+            self.attempt(fields);
         } else if let Some(fields) = line.strip_prefix("# rom ") {
             self.rom(fields);
         } else if let Some(rest) = line.strip_prefix("ok ") {
@@ -294,6 +340,41 @@ impl Reader {
         match line {
             Some(line) => self.report.costs.push(line),
             None => self.fault(format!("an unreadable line of costs: {text:?}")),
+        }
+    }
+
+    /// What a kernel's work costs.
+    fn workload(&mut self, text: &str) {
+        let fields = fields(text);
+        let number = |key: &str| fields.get(key).and_then(|text| integer(text));
+        let line = (|| {
+            let values = fields.get("counters")?.split(',').map(integer);
+            let values: Vec<u64> = values.collect::<Option<_>>()?;
+            Some(WorkloadLine {
+                name: fields.get("name")?.clone(),
+                mode: fields.get("mode")?.clone(),
+                operations: u32::try_from(number("operations")?)
+                    .ok()
+                    .filter(|count| *count != 0)?,
+                entries: number("entries")?,
+                counters: Counters::from_values(values.try_into().ok()?),
+            })
+        })();
+        match line {
+            Some(line) => self.report.workloads.push(line),
+            None => self.fault(format!("an unreadable line of a workload: {text:?}")),
+        }
+    }
+
+    /// What a hostile guest tried.
+    fn attempt(&mut self, text: &str) {
+        let fields = fields(text);
+        let count = fields.get("count").and_then(|count| count.parse().ok());
+        match (fields.get("what"), count) {
+            (Some(what), Some(count)) => {
+                self.report.attempts.push(AttemptLine { what: what.clone(), count })
+            }
+            _ => self.fault(format!("an unreadable line of attempts: {text:?}")),
         }
     }
 
@@ -421,6 +502,28 @@ mod tests {
         );
         assert_eq!(call.verdict, Verdict::Ok);
         assert_eq!(Report::parse(&GOOD.replace('\n', "\r\n")), report);
+    }
+
+    #[test]
+    fn counters_are_read_all_or_not_at_all() {
+        let counters = Counters { hypercalls: 7, updates: 9, ..Counters::ZERO };
+        let values: Vec<String> = counters.values().iter().map(u64::to_string).collect();
+        let line = |values: &str| {
+            let line = format!(
+                "# workload name=\"fork\" mode=PAE operations=4 entries=40 counters={values}\n"
+            );
+            Report::parse(
+                &GOOD.replace("1..2", &format!("{line}# hostile what=\"x\" count=3\n1..2")),
+            )
+        };
+        let report = line(&values.join(","));
+        assert_eq!(report.complaint(), None);
+        let [found] = &report.workloads[..] else { panic!("one workload") };
+        assert_eq!((found.operations, found.entries, found.counters), (4, 40, counters));
+        assert_eq!(report.attempts, [AttemptLine { what: "x".into(), count: 3 }]);
+        for broken in [&values[1..].join(","), "", "1,2"] {
+            assert!(line(broken).complaint().is_some(), "{broken}");
+        }
     }
 
     #[test]

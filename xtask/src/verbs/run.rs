@@ -1,5 +1,7 @@
 //! `cargo xtask run`.
 
+mod reference;
+
 use crate::artifacts::{self, Artifacts};
 use crate::conformance::{self, CallSummary, Client, Conformance, Cost, Subject};
 use crate::progress::Progress;
@@ -59,6 +61,9 @@ pub struct Args {
     /// Print what the guest writes to its serial port, as it comes.
     #[arg(long)]
     verbose: bool,
+
+    #[command(flatten)]
+    reference: reference::Args,
 }
 
 /// What was tried, and what came of it.
@@ -95,6 +100,9 @@ fn subjects(args: &Args, built: &Artifacts) -> Result<Vec<Subject>> {
 /// Something is missing, the build fails, or QEMU does not start.
 pub fn run(args: &Args) -> Result<ExitCode> {
     let findings = super::setup::provide(Need::RUN)?;
+    if args.reference.on.is_some() {
+        return reference::run(&findings, args);
+    }
     let built = artifacts::build_all(&findings)?;
     let subjects = subjects(args, &built)?;
     let machine = Machine {

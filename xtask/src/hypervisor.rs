@@ -1,0 +1,343 @@
+//! The test guest on the reference hypervisor: the machine, the run, and what the hypervisor counted.
+
+use crate::build::{self, Form, Tools};
+use crate::conformance::{Client, Conformance};
+use crate::link;
+use crate::qemu::{Machine, Module, Outcome, Run};
+use crate::tap::{self, Report, WorkloadLine};
+use crate::toolchain::{Emulator, Findings};
+use anyhow::{Context, Result};
+use serde::Serialize;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::time::Duration;
+use vmi_hv_backend::reference::interface::Counters;
+
+/// What each line of the hypervisor's begins with.
+pub const PREFIX: &str = "hypervisor: ";
+
+/// How the hypervisor comes to know of changes in page tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// Without a ROM: what it watches traps.
+    Trap,
+    /// The ROM tells of each change at once.
+    Vmi,
+    /// The ROM collects changes.
+    VmiBatched,
+}
+
+impl Mode {
+    /// Each of them.
+    pub const ALL: [Self; 3] = [Self::Trap, Self::Vmi, Self::VmiBatched];
+
+    /// Its name on command lines.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Trap => "trap",
+            Self::Vmi => "vmi",
+            Self::VmiBatched => "vmi-batched",
+        }
+    }
+}
+
+/// How the guest's memory is translated.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Paging {
+    /// By tables that the hypervisor makes from the guest's.
+    #[default]
+    Shadow,
+    /// By the processor, which walks the guest's tables and then the hypervisor's.
+    Nested,
+}
+
+impl Paging {
+    /// Its name on command lines.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Shadow => "shadow",
+            Self::Nested => "nested",
+        }
+    }
+}
+
+/// What the guest is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Task {
+    /// To hold each call against its contract.
+    Conformance,
+    /// To work on page tables as a kernel does.
+    Workload,
+    /// To try what no guest should.
+    Hostile,
+}
+
+impl Task {
+    /// The guest's words for it.
+    const fn words(self) -> &'static str {
+        match self {
+            Self::Conformance => "client=3.0",
+            Self::Workload => "client=3.0 workload",
+            Self::Hostile => "client=3.0 hostile",
+        }
+    }
+}
+
+/// What is built for such runs.
+#[derive(Clone, Debug)]
+pub struct Built {
+    /// QEMU.
+    pub emulator: Emulator,
+    /// The hypervisor.
+    pub hypervisor: PathBuf,
+    /// The test guest.
+    pub guest: PathBuf,
+    /// The image that knows the hypervisor.
+    pub rom: PathBuf,
+}
+
+/// Builds hypervisor, guest and image.
+///
+/// # Errors
+///
+/// Something that the build needs is missing, or the build fails.
+pub fn build_all(findings: &Findings) -> Result<Built> {
+    let tools = Tools::from_findings(findings)?;
+    let emulator = findings
+        .emulator
+        .clone()
+        .map_err(anyhow::Error::msg)
+        .context("no QEMU; `cargo xtask setup` says how to get it")?;
+    let slots = [build::rom(&tools, Form::Slots13_0)?, build::rom(&tools, Form::Slots13_3)?];
+    let links = link::all(&tools, &slots)?;
+    Ok(Built {
+        emulator,
+        hypervisor: build::hypervisor(&tools)?,
+        guest: build::guest(&tools, &links)?,
+        rom: build::rom(&tools, Form::Reference)?.path,
+    })
+}
+
+/// Builds hypervisor, guest and image, once in this process.
+///
+/// # Errors
+///
+/// As [`build_all`]; the same answer each time.
+pub fn ensure() -> Result<&'static Built> {
+    static BUILT: OnceLock<Result<Built, String>> = OnceLock::new();
+    BUILT
+        .get_or_init(|| build_all(&Findings::gather()).map_err(|error| format!("{error:#}")))
+        .as_ref()
+        .map_err(|error| anyhow::anyhow!("{error}"))
+}
+
+/// The guest under the hypervisor.
+#[derive(Clone, Debug)]
+pub struct Setup<'a> {
+    /// What is run.
+    pub built: &'a Built,
+    /// Another image instead of ours.
+    pub rom: Option<&'a Path>,
+    /// The hypervisor's mode. In [`Mode::Trap`] there is no ROM.
+    pub mode: Mode,
+    /// The hypervisor's paging.
+    pub paging: Paging,
+    /// How long the run may take.
+    pub limit: Duration,
+}
+
+impl Setup<'_> {
+    /// The machine.
+    #[must_use]
+    pub fn machine(&self, task: Task) -> Machine {
+        let module = |path: &Path, words: &str| Module { path: path.into(), words: words.into() };
+        let rom = self.rom.unwrap_or(&self.built.rom);
+        let mut modules = vec![module(&self.built.guest, task.words())];
+        if self.mode != Mode::Trap {
+            modules.push(module(rom, ""));
+        }
+        Machine {
+            memory: 512,
+            kernel: Some(self.built.hypervisor.clone()),
+            modules,
+            append: Some(format!("mode={} paging={}", self.mode.name(), self.paging.name())),
+            // The guest tests Reboot.
+            no_reboot: task != Task::Conformance,
+            limit: self.limit,
+            // The hypervisor places the image; no firmware starts it.
+            banner: None,
+            host_prefix: Some(PREFIX.into()),
+            ..Machine::default()
+        }
+    }
+
+    /// Runs the guest, and hands each line of the serial port to `progress`.
+    ///
+    /// # Errors
+    ///
+    /// The machine cannot be run at all.
+    pub fn run(&self, task: Task, progress: impl Fn(&str)) -> Result<Hosted> {
+        let machine = self.machine(task);
+        let run =
+            machine.follow(&self.built.emulator, progress).context("the hypervisor was not run")?;
+        let counters = counters(&run.host);
+        let wants_linked = self.mode == Mode::Trap;
+        let conformance = Conformance::of(run, Client::Lookup, wants_linked, machine.steady_time);
+        Ok(Hosted { task, mode: self.mode, paging: self.paging, conformance, counters })
+    }
+}
+
+/// What came of a run under the hypervisor.
+#[derive(Clone, Debug)]
+pub struct Hosted {
+    /// What the guest was to do.
+    pub task: Task,
+    /// The hypervisor's mode.
+    pub mode: Mode,
+    /// The hypervisor's paging.
+    pub paging: Paging,
+    /// What the guest said. The summaries of calls are empty but for [`Task::Conformance`].
+    pub conformance: Conformance,
+    /// What the hypervisor counted in all, from the guest's start to its end.
+    pub counters: Option<Counters>,
+}
+
+impl Hosted {
+    /// The run.
+    #[must_use]
+    pub fn run(&self) -> &Run {
+        &self.conformance.run
+    }
+
+    /// The guest's report.
+    #[must_use]
+    pub fn report(&self) -> &Report {
+        &self.conformance.report
+    }
+
+    /// Why it did not pass; nothing if it did.
+    #[must_use]
+    pub fn complaint(&self) -> Option<String> {
+        let report = self.report();
+        let missing = match self.task {
+            Task::Conformance => return self.conformance.complaint(),
+            Task::Workload => report.workloads.is_empty().then_some("what its work costs"),
+            Task::Hostile => report.attempts.is_empty().then_some("what it tried"),
+        };
+        if report.failures().next().is_some() {
+            return report.complaint();
+        }
+        if self.run().outcome != Outcome::Passed {
+            return Some(self.run().outcome.to_string());
+        }
+        if self.counters.is_none() {
+            return Some("the hypervisor does not say what it counted".to_owned());
+        }
+        report.complaint().or_else(|| Some(format!("the guest does not say {}", missing?)))
+    }
+}
+
+/// The last line of the hypervisor's with all counters.
+fn counters(host: &str) -> Option<Counters> {
+    let json = host.lines().rev().find_map(|line| line.strip_prefix("counters "))?;
+    let object: serde_json::Map<String, serde_json::Value> =
+        serde_json::from_str(json.trim()).ok()?;
+    let values: Option<Vec<u64>> =
+        tap::named(&Counters::ZERO).map(|(name, _)| object.get(name)?.as_u64()).collect();
+    Some(Counters::from_values(values?.try_into().ok()?))
+}
+
+/// What one piece of a kernel's work costs in each mode.
+#[derive(Clone, Debug)]
+pub struct Comparison<'a> {
+    /// What is done.
+    pub name: &'a str,
+    /// The guest's paging mode.
+    pub guest_mode: &'a str,
+    /// What it costs, by the hypervisor's mode.
+    pub costs: Vec<(Mode, &'a WorkloadLine)>,
+}
+
+impl<'a> Comparison<'a> {
+    /// One for each piece of work that the first run reports.
+    #[must_use]
+    pub fn of(runs: &'a [Hosted]) -> Vec<Self> {
+        let lines = runs.first().map(|run| run.report().workloads.as_slice()).unwrap_or_default();
+        let find = |run: &'a Hosted, wanted: &WorkloadLine| {
+            let is_it =
+                |line: &&WorkloadLine| (&line.name, &line.mode) == (&wanted.name, &wanted.mode);
+            Some((run.mode, run.report().workloads.iter().find(is_it)?))
+        };
+        let comparison = |line: &'a WorkloadLine| Self {
+            name: &line.name,
+            guest_mode: &line.mode,
+            costs: runs.iter().filter_map(|run| find(run, line)).collect(),
+        };
+        lines.iter().map(comparison).collect()
+    }
+
+    /// What it costs in a mode.
+    #[must_use]
+    pub fn cost(&self, mode: Mode) -> Option<&'a WorkloadLine> {
+        self.costs.iter().find(|(other, _)| *other == mode).map(|(_, line)| *line)
+    }
+
+    /// How many times more exits there are with traps than with batches.
+    #[must_use]
+    pub fn ratio(&self) -> Option<f64> {
+        let exits = |mode| self.cost(mode).map(|line| line.counters.exits() as f64);
+        Some(exits(Mode::Trap)? / exits(Mode::VmiBatched)?)
+    }
+}
+
+impl WorkloadLine {
+    /// Exits for each operation.
+    #[must_use]
+    pub fn exits_each(&self) -> f64 {
+        self.counters.exits() as f64 / f64::from(self.operations)
+    }
+
+    /// Entries that were changed for each exit.
+    #[must_use]
+    pub fn entries_per_exit(&self) -> f64 {
+        self.entries as f64 / self.counters.exits() as f64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_line_of_counters_counts_and_has_to_be_whole() {
+        let wanted = Counters { cpuid: 3, ticks: 1 << 40, ..Counters::ZERO };
+        let fields: Vec<String> =
+            tap::named(&wanted).map(|(name, value)| format!("\"{name}\":{value}")).collect();
+        let line = |fields: &[String]| format!("counters {{{}}}\n", fields.join(","));
+        let log = format!("counters {{}}\nexits 5\n{}CPUID 3\n", line(&fields));
+        assert_eq!(counters(&log), Some(wanted));
+        assert_eq!(counters(&line(&fields[1..])), None);
+        assert_eq!(counters("exits 5\n"), None);
+    }
+
+    #[test]
+    fn modes_are_compared_by_exits() {
+        let line = |hypercalls| WorkloadLine {
+            name: "fork".into(),
+            mode: "PAE".into(),
+            operations: 4,
+            entries: 400,
+            counters: Counters { hypercalls, updates: 77, ..Counters::ZERO },
+        };
+        let (trap, batched) = (line(80), line(4));
+        let costs = vec![(Mode::Trap, &trap), (Mode::VmiBatched, &batched)];
+        let comparison = Comparison { name: "fork", guest_mode: "PAE", costs };
+        assert_eq!(comparison.ratio(), Some(20.0));
+        assert!(comparison.cost(Mode::Vmi).is_none());
+        assert_eq!((batched.exits_each(), batched.entries_per_exit()), (1.0, 100.0));
+    }
+}

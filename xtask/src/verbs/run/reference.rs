@@ -1,0 +1,309 @@
+//! `cargo xtask run --on reference`.
+
+use super::{Tried, closing, failures, table};
+use crate::conformance::{Client, Subject};
+use crate::hypervisor::{self, Comparison, Hosted, Mode, PREFIX, Paging, Setup, Task};
+use crate::progress::Progress;
+use crate::qemu::Attachment;
+use crate::table::{Align, BAD, Cell, DIM, GOOD, HEAD, Table};
+use crate::tap;
+use crate::toolchain::Findings;
+use anyhow::Result;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+/// What is run below the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(super) enum Host {
+    /// The reference hypervisor.
+    Reference,
+}
+
+/// The hypervisor's modes that are tried.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Modes {
+    /// Without a ROM: every change of a page table traps.
+    Trap,
+    /// The ROM tells of each change at once.
+    Vmi,
+    /// The ROM collects changes.
+    VmiBatched,
+    /// One after the other.
+    All,
+}
+
+/// What concerns the hypervisor.
+#[derive(Clone, Debug, clap::Args)]
+pub(super) struct Args {
+    /// Run the guest on a hypervisor.
+    #[arg(long, value_enum, value_name = "HYPERVISOR")]
+    #[arg(conflicts_with_all = ["no_rom", "bar", "client", "machine", "cpu", "processors", "memory", "costs"])]
+    pub(super) on: Option<Host>,
+    /// The hypervisor's mode.
+    #[arg(long, value_enum, default_value_t = Modes::All, requires = "on")]
+    mode: Modes,
+    /// The hypervisor's paging.
+    #[arg(long, value_enum, default_value_t, requires = "on")]
+    paging: Paging,
+    /// Let the guest work as a kernel does, and show what that costs.
+    #[arg(long, requires = "on")]
+    workload: bool,
+    /// Let the guest try what no guest should.
+    #[arg(long, requires = "on", conflicts_with = "workload")]
+    hostile: bool,
+}
+
+impl Args {
+    fn modes(&self) -> Vec<Mode> {
+        match self.mode {
+            Modes::Trap => vec![Mode::Trap],
+            Modes::Vmi => vec![Mode::Vmi],
+            Modes::VmiBatched => vec![Mode::VmiBatched],
+            Modes::All => Mode::ALL.to_vec(),
+        }
+    }
+
+    fn task(&self) -> Task {
+        match (self.workload, self.hostile) {
+            (true, _) => Task::Workload,
+            (_, true) => Task::Hostile,
+            _ => Task::Conformance,
+        }
+    }
+}
+
+/// Runs.
+///
+/// # Errors
+///
+/// The build fails, or QEMU does not start.
+pub(super) fn run(findings: &Findings, all: &super::Args) -> Result<ExitCode> {
+    let args = &all.reference;
+    let built = hypervisor::build_all(findings)?;
+    let mut runs = Vec::new();
+    for mode in args.modes() {
+        let progress = Progress::start(format!("running the guest, mode {}", mode.name()));
+        let show = |line: &str| match line.strip_prefix(PREFIX) {
+            _ if all.verbose => anstream::eprintln!("{line}"),
+            Some(_) => {}
+            None => progress.at(line),
+        };
+        let setup = Setup {
+            built: &built,
+            rom: all.rom.as_deref(),
+            mode,
+            paging: args.paging,
+            limit: Duration::from_secs(all.limit),
+        };
+        runs.push(setup.run(args.task(), show)?);
+    }
+    let passes = runs.iter().all(|run| run.complaint().is_none());
+    if all.json {
+        println!("{}", serde_json::to_string_pretty(&json(&runs))?);
+    } else {
+        anstream::print!("{}", text(args.task(), runs));
+    }
+    Ok(if passes { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Everything for a reader.
+fn text(task: Task, runs: Vec<Hosted>) -> String {
+    let mut text = match task {
+        Task::Conformance => return conformance_text(runs),
+        Task::Workload => {
+            let comparisons = Comparison::of(&runs);
+            exits(&comparisons) + "\n" + &causes(&comparisons)
+        }
+        Task::Hostile => attempts(&runs),
+    };
+    for run in &runs {
+        text.push_str(&failures(run.mode.name(), &run.conformance));
+    }
+    text.push('\n');
+    for run in &runs {
+        let name = run.mode.name();
+        let seconds = run.run().duration.as_secs_f64();
+        let checks = run.report().checks.len();
+        let holding = run.report().checks.iter().filter(|check| check.ok).count();
+        let figures = format!("{holding} of {checks} checks hold; {seconds:.1} s");
+        text.push_str(&match run.complaint() {
+            None => format!("{}{name} passes{}: {figures}\n", GOOD.render(), GOOD.render_reset()),
+            Some(complaint) => {
+                format!(
+                    "{}{name} FAILS{}: {complaint}; {figures}\n",
+                    BAD.render(),
+                    BAD.render_reset()
+                )
+            }
+        });
+        if run.complaint().is_some() {
+            text.push_str(&last_words(run));
+        }
+    }
+    text
+}
+
+/// The calls, as without a hypervisor: a column for each mode.
+fn conformance_text(runs: Vec<Hosted>) -> String {
+    let complaints: String =
+        runs.iter().filter(|run| run.complaint().is_some()).map(last_words).collect();
+    let tried: Vec<Tried> = runs
+        .into_iter()
+        .map(|run| {
+            // What it is called is the mode.
+            let name = PathBuf::from(run.mode.name());
+            let subject =
+                Subject { rom: Some(Attachment::OptionRom(name)), client: Client::Lookup };
+            Tried { subject, result: run.conformance }
+        })
+        .collect();
+    let mut text = table(&tried);
+    for Tried { subject, result } in &tried {
+        text.push_str(&failures(&subject.name(), result));
+    }
+    text.push('\n');
+    for Tried { subject, result } in &tried {
+        text.push_str(&closing(&subject.name(), result));
+    }
+    text + &complaints
+}
+
+/// What the hypervisor said last of a run that failed, but for its table of counters.
+fn last_words(run: &Hosted) -> String {
+    const LINES: usize = 24;
+    let names: Vec<&str> = tap::named(&Default::default()).map(|(name, _)| name).collect();
+    let is_counter = |line: &&str| {
+        line.starts_with("counters ")
+            || line.starts_with("exits ")
+            || names.iter().any(|name| line.starts_with(name))
+    };
+    let lines: Vec<&str> = run.run().host.lines().filter(|line| !is_counter(line)).collect();
+    let mut text = format!("  {}: the hypervisor's last lines:\n", run.mode.name());
+    for line in &lines[lines.len().saturating_sub(LINES)..] {
+        text.push_str(&format!("    {}\n", line.trim_end().escape_debug()));
+    }
+    text
+}
+
+/// One row for each piece of work: exits for each operation, by mode.
+fn exits(comparisons: &[Comparison<'_>]) -> String {
+    let modes = modes(comparisons);
+    let mut columns = vec![Align::Left, Align::Left];
+    columns.extend(modes.iter().map(|_| Align::Right));
+    columns.extend([Align::Right, Align::Right]);
+    let mut table = Table::new(&columns);
+    let mut titles = vec!["exits of one", "paging"];
+    titles.extend(modes.iter().map(|mode| mode.name()));
+    titles.extend(["trap/batched", "entries/exit"]);
+    table.heading(&titles);
+    for comparison in comparisons {
+        let mut row: Vec<Cell> = vec![comparison.name.into(), comparison.guest_mode.into()];
+        for mode in &modes {
+            let exits = comparison.cost(*mode).map(|line| format!("{:.1}", line.exits_each()));
+            row.push(exits.unwrap_or_default().into());
+        }
+        let ratio = comparison.ratio().map(|ratio| Cell::new(format!("{ratio:.1}"), HEAD));
+        row.push(ratio.unwrap_or_else(|| "".into()));
+        let batched = comparison.cost(Mode::VmiBatched);
+        let entries = batched.map(|line| format!("{:.1}", line.entries_per_exit()));
+        row.push(entries.unwrap_or_default().into());
+        table.row(row);
+    }
+    table.render()
+}
+
+/// One row for each cause of exits that there were, and for what came with hypercalls: for each operation, by mode.
+fn causes(comparisons: &[Comparison<'_>]) -> String {
+    let modes = modes(comparisons);
+    let mut columns = vec![Align::Left, Align::Left, Align::Left];
+    columns.extend(modes.iter().map(|_| Align::Right));
+    let mut table = Table::new(&columns);
+    let mut titles = vec!["of one", "paging", "cause"];
+    titles.extend(modes.iter().map(|mode| mode.name()));
+    table.heading(&titles);
+    // Ticks are no counts.
+    let names: Vec<&str> = tap::named(&Default::default())
+        .map(|(name, _)| name)
+        .filter(|name| !name.contains("ticks"))
+        .collect();
+    for comparison in comparisons {
+        let mut is_first = true;
+        for (index, name) in names.iter().enumerate() {
+            let value = |mode: &Mode| {
+                let line = comparison.cost(*mode)?;
+                Some(line.counters.values()[index] as f64 / f64::from(line.operations))
+            };
+            let values: Vec<Option<f64>> = modes.iter().map(value).collect();
+            if values.iter().flatten().all(|value| *value == 0.0) {
+                continue;
+            }
+            let mut row: Vec<Cell> = match is_first {
+                true => vec![comparison.name.into(), comparison.guest_mode.into()],
+                false => vec!["".into(), "".into()],
+            };
+            is_first = false;
+            row.push((*name).into());
+            row.extend(values.into_iter().map(|value| match value {
+                Some(0.0) => Cell::new("0", DIM),
+                Some(value) => format!("{value:.1}").into(),
+                None => "".into(),
+            }));
+            table.row(row);
+        }
+    }
+    table.render()
+}
+
+/// The modes that were compared.
+fn modes(comparisons: &[Comparison<'_>]) -> Vec<Mode> {
+    let has = |mode: &Mode| comparisons.iter().any(|comparison| comparison.cost(*mode).is_some());
+    Mode::ALL.into_iter().filter(has).collect()
+}
+
+/// One row for each kind of attempt: how many there were in each mode.
+fn attempts(runs: &[Hosted]) -> String {
+    let mut columns = vec![Align::Left];
+    columns.extend(runs.iter().map(|_| Align::Right));
+    let mut table = Table::new(&columns);
+    let mut titles = vec!["attempts"];
+    titles.extend(runs.iter().map(|run| run.mode.name()));
+    table.heading(&titles);
+    let first = runs.first().map(|run| run.report().attempts.as_slice()).unwrap_or_default();
+    for attempt in first {
+        let mut row: Vec<Cell> = vec![attempt.what.as_str().into()];
+        for run in runs {
+            let found = run.report().attempts.iter().find(|other| other.what == attempt.what);
+            row.push(found.map(|found| found.count.to_string()).unwrap_or_default().into());
+        }
+        table.row(row);
+    }
+    table.render()
+}
+
+/// Everything for a program.
+fn json(runs: &[Hosted]) -> serde_json::Value {
+    let runs: Vec<serde_json::Value> = runs
+        .iter()
+        .map(|run| {
+            let counters = run.counters.as_ref().map(|counters| {
+                let named = tap::named(counters).map(|(name, value)| (name.to_owned(), value.into()));
+                serde_json::Value::Object(named.collect())
+            });
+            let exits = run.counters.as_ref().map(|counters| counters.exits());
+            serde_json::json!({
+                "mode": run.mode,
+                "paging": run.paging,
+                "passes": run.complaint().is_none(),
+                "complaint": run.complaint(),
+                "seconds": run.run().duration.as_secs_f64(),
+                "command": run.run().command,
+                "exits": exits,
+                "counters": counters,
+                "calls": if run.task == Task::Conformance { serde_json::json!(run.conformance.calls) } else { serde_json::Value::Null },
+                "report": run.report(),
+            })
+        })
+        .collect();
+    serde_json::json!({ "hypervisor": "reference", "runs": runs })
+}
