@@ -7,6 +7,9 @@
 //!
 //! A table that is neither in memory nor in a ROM reads as ones, in every bit.
 
+#[cfg(test)]
+mod tests;
+
 use crate::memory::{FRAME, Memory};
 
 /// CR0 bit 16, WP: ring 0 obeys write protection too.

@@ -9,8 +9,8 @@ use crate::walk::{
 };
 use std::boxed::Box;
 use std::cell::RefCell;
+use std::vec;
 use std::vec::Vec;
-use std::{assert, assert_eq, vec};
 
 /// Frames of memory, from 0 on; a ROM, a device, and the hypervisor's frames behind them. Nothing else.
 pub(crate) const MEMORY: u64 = 20;
@@ -141,7 +141,7 @@ pub(crate) fn walk(shadow: &Shadow<'_>, linear: u32, access: Access) -> Result<(
         return Err(ERROR_PRESENT | error_of(access));
     }
     assert!(entry & DIRTY != 0, "the processor stores nothing here");
-    Ok((entry & ADDRESS | u64::from(linear) % FRAME, entry & GLOBAL != 0))
+    Ok((entry & ADDRESS | (u64::from(linear) % FRAME), entry & GLOBAL != 0))
 }
 
 /// Checks what must be true of the shadow at any time: no frame is mapped that [`Memory::place`] did not give, none can be stored to that
