@@ -4,12 +4,14 @@
 //! - [`walk`]: the guest's own translation of linear addresses, as its processor would make it.
 //! - [`shadow`]: the page tables that the processor really walks.
 //! - [`hypercall`]: what a guest asks for, checked and done.
+//! - [`emulate`]: single instructions, carried out for the guest.
 
 #![no_std]
 
 #[cfg(test)]
 extern crate std;
 
+pub mod emulate;
 pub mod hypercall;
 pub mod memory;
 pub mod shadow;

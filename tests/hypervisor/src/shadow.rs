@@ -1,38 +1,170 @@
 //! Shadow page tables: what the processor walks instead of the guest's tables.
+//!
+//! They are PAE tables with NX in use, whatever the guest has. A guest's page table has one shadow, or two where it has 1024
+//! entries; such a page directory has four. A large page of the guest gets a shadow table without a table of the guest's behind
+//! it, which maps 2 MiB. Shadows are kept when CR3 is loaded, so that several address spaces stay; only the
+//! page-directory-pointer table is made anew.
+//!
+//! An entry is filled in when the guest needs it: [`Shadow::fault`]. There the guest's accessed and dirty bits are set as its
+//! processor would have, so an entry stands for one that was accessed, and allows stores only where the guest's is dirty.
+//!
+//! A guest's table that has a shadow is watched, unless it is announced: no shadow entry allows a store to it. A store is
+//! then emulated by the caller, who tells [`Shadow::written`]. A table that no other one leads to any more is not watched
+//! at its next store, but loses its shadow: it may be a table no longer.
+//!
+//! The processor runs with CR0.PG and WP, CR4.PAE and EFER.NXE set, and with the guest's CR4.PGE.
 
-use crate::memory::Memory;
-use crate::walk::Registers;
+#[cfg(test)]
+pub(crate) mod machine;
+#[cfg(test)]
+pub(crate) mod tests;
+
+use crate::memory::{FRAME, Memory, Place};
+use crate::walk::{
+    ACCESSED, ATTRIBUTE, Access, CACHE_DISABLE, DIRTY, GLOBAL, LARGE_ATTRIBUTE, Level, Mode,
+    NO_EXECUTE, PRESENT, Registers, Translation, USER, WRITABLE, WRITE_THROUGH, translate,
+};
+use core::iter::successors;
+use core::ops::Range;
+
+/// Entries of a shadow table.
+const ENTRIES: usize = 512;
+
+/// The frame's address in an entry.
+const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+
+/// Bit 9 of a shadow entry, which the processor ignores: it allows stores to memory, and is counted in [`Frame::writers`].
+const TRACKED: u64 = 1 << 9;
+
+/// Bits of an entry that say how memory is cached, and that it is global: the same in the shadow.
+const ATTRIBUTES: u64 = WRITE_THROUGH | CACHE_DISABLE | ATTRIBUTE | GLOBAL;
+
+/// The slot of the page-directory-pointer table: the pool's first page.
+const ROOT: usize = 0;
+
+/// The most tables that one page fault needs: a directory and a table.
+const LONGEST_PATH: usize = 2;
 
 /// A page of the pool, which the processor walks.
 #[derive(Clone, Copy, Debug)]
 #[repr(C, align(4096))]
-pub struct Page(pub [u64; 512]);
+pub struct Page(pub [u64; ENTRIES]);
 
 impl Page {
     /// All entries clear.
-    pub const EMPTY: Self = Self([0; 512]);
+    pub const EMPTY: Self = Self([0; ENTRIES]);
 }
 
-/// What [`Shadow`] knows of a page of the pool. All bytes zero is [`Slot::EMPTY`].
+/// What a page of the pool is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+enum Role {
+    /// The page-directory-pointer table, or nothing.
+    Other = 0,
+    /// The shadow of a guest's page directory.
+    Directory,
+    /// The shadow of a guest's page table.
+    Table,
+    /// A directory of linear addresses that are physical ones.
+    Identity,
+    /// A table of 512 frames in their order.
+    Direct,
+}
+
+/// What a shadow is made from. Two that are equal would have the same content.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Key {
+    role: Role,
+    /// Of two-level tables: which half of a table, which quarter of a directory. Identity: which GiB. Direct: attributes.
+    part: u16,
+    mode: Mode,
+    /// The guest's table, or the first frame of a direct table.
+    frame: u64,
+}
+
+impl Key {
+    /// Where the mode makes no difference.
+    const NO_MODE: Mode =
+        Mode { pae: false, large_pages: false, no_execute: false, write_protect: false, width: 0 };
+    const EMPTY: Self = Self { role: Role::Other, part: 0, mode: Self::NO_MODE, frame: 0 };
+
+    const fn direct(frame: u64, attributes: u64) -> Self {
+        Self { role: Role::Direct, part: attributes as u16, mode: Self::NO_MODE, frame }
+    }
+
+    const fn identity(quarter: usize) -> Self {
+        Self { role: Role::Identity, part: quarter as u16, mode: Self::NO_MODE, frame: 0 }
+    }
+
+    /// The level of the guest's table, if it is the shadow of one.
+    const fn level(&self) -> Option<Level> {
+        match self.role {
+            Role::Directory => Some(Level::Directory),
+            Role::Table => Some(Level::Table),
+            Role::Other | Role::Identity | Role::Direct => None,
+        }
+    }
+
+    /// Whether its entries map pages.
+    const fn maps_pages(&self) -> bool {
+        matches!(self.role, Role::Table | Role::Direct)
+    }
+
+    /// The index of the guest's entry that a shadow entry is made from.
+    const fn guest_index(&self, index: usize) -> usize {
+        match self.role {
+            _ if self.mode.pae => index,
+            Role::Directory => self.part as usize * (ENTRIES / 2) + index / 2,
+            _ => self.part as usize * ENTRIES + index,
+        }
+    }
+
+    /// The shadow entries that are made from the guest's entry with this index; none where they are in another part.
+    const fn indices(&self, guest_index: usize) -> Range<usize> {
+        let (per_part, copies) = match self.role {
+            Role::Directory if !self.mode.pae => (ENTRIES / 2, 2),
+            _ => (ENTRIES, 1),
+        };
+        let first = guest_index % per_part * copies;
+        if guest_index / per_part == self.part as usize { first..first + copies } else { 0..0 }
+    }
+}
+
+/// What [`Shadow`] knows of a page of the pool.
 #[derive(Clone, Copy, Debug)]
 pub struct Slot {
+    key: Key,
+    /// The next slot of the same list, 0 at its end.
     next: u32,
+    /// How many shadow entries lead to it.
+    parents: u32,
+    /// The place of one of them, perhaps.
+    parent: u32,
 }
 
 impl Slot {
-    /// Of a page that nothing is known of.
-    pub const EMPTY: Self = Self { next: 0 };
+    /// Nothing is known. All bytes are zero.
+    pub const EMPTY: Self = Self { key: Key::EMPTY, next: 0, parents: 0, parent: 0 };
 }
 
-/// What [`Shadow`] knows of a frame. All bytes zero is [`Frame::EMPTY`].
+/// What [`Shadow`] knows of a frame.
 #[derive(Clone, Copy, Debug)]
 pub struct Frame {
+    /// The first slot of a list: shadows of this guest-physical frame, and of others whose number has the same remainder.
     head: u32,
+    /// How many shadows the guest-physical frame has as a table.
+    tables: u32,
+    /// How many shadow entries allow stores to the machine's frame.
+    writers: u32,
+    /// The place of one of them, perhaps.
+    writer: u32,
+    /// The guest tells of changes of the guest-physical frame.
+    announced: bool,
 }
 
 impl Frame {
-    /// Of a frame that nothing is known of.
-    pub const EMPTY: Self = Self { head: 0 };
+    /// Nothing is known. All bytes are zero.
+    pub const EMPTY: Self = Self { head: 0, tables: 0, writers: 0, writer: 0, announced: false };
 }
 
 /// What [`Shadow`] works with, all of it the hypervisor's own.
@@ -40,13 +172,14 @@ impl Frame {
 pub struct Storage<'a> {
     /// The shadow tables: 3 at least.
     pub pool: &'a mut [Page],
-    /// The machine-physical address of `pool`; it ends below 4 GiB.
+    /// The machine-physical address of `pool`, a multiple of 4096; it ends below 4 GiB.
     pub base: u64,
-    /// One for each page of the pool, [`Slot::EMPTY`].
+    /// At least one for each page of the pool.
     pub slots: &'a mut [Slot],
-    /// One for each frame number of the guest's memory, guest-physical and of the machine, [`Frame::EMPTY`].
+    /// One for each frame number of [`Place::Memory`], as the guest counts frames and as the machine does. Of memory beyond
+    /// it, tables are never watched. No two frames of the guest are the same memory.
     pub frames: &'a mut [Frame],
-    /// The machine-physical address of a page of ones, that is mapped where there is nothing.
+    /// The machine-physical address of a page of ones, which is mapped where there is nothing.
     pub ones: u64,
 }
 
@@ -75,43 +208,94 @@ pub enum Resolution {
 /// The shadow page tables of one guest.
 #[derive(Debug)]
 pub struct Shadow<'a> {
-    storage: Storage<'a>,
+    pool: &'a mut [Page],
+    base: u64,
+    slots: &'a mut [Slot],
+    frames: &'a mut [Frame],
+    ones: u64,
+    /// The first slot of the list of free ones.
+    free: u32,
+    free_count: usize,
+    flush: bool,
     /// Guest page tables, or parts of one, that got a shadow.
     pub shadowed: u64,
+    /// How often the pool was full, and everything began anew.
+    pub recycled: u64,
 }
 
 impl<'a> Shadow<'a> {
-    /// Without any table.
+    /// Without any table; [`Shadow::load`] comes next.
+    ///
+    /// # Panics
+    ///
+    /// The storage is too small, or not where [`Storage`] wants it.
     #[must_use]
     pub fn new(storage: Storage<'a>) -> Self {
-        Self { storage, shadowed: 0 }
+        let Storage { pool, base, slots, frames, ones } = storage;
+        let end = base + pool.len() as u64 * FRAME;
+        assert!(pool.len() > LONGEST_PATH, "a pool of 3 pages or more");
+        assert!(base.is_multiple_of(FRAME) && end <= 1 << 32, "a pool of whole frames below 4 GiB");
+        assert!(slots.len() >= pool.len() && !frames.is_empty(), "slots and frames");
+        frames.fill(Frame::EMPTY);
+        let (free, free_count, flush, shadowed, recycled) = (0, 0, true, 0, 0);
+        let mut shadow =
+            Self { pool, base, slots, frames, ones, free, free_count, flush, shadowed, recycled };
+        shadow.drop_all();
+        shadow
     }
 
-    /// Machine-physical address of the page-directory-pointer table that the processor walks: never another.
+    /// Machine-physical address of the page-directory-pointer table that the processor walks: always the same.
     #[must_use]
-    pub fn root(&self) -> u64 {
-        self.storage.base
+    pub const fn root(&self) -> u64 {
+        self.base
     }
 
-    /// The guest has other registers: CR3 was loaded, or a bit of CR0, CR4 or EFER changed that decides on translation.
+    /// The guest loaded CR3, or changed a bit of CR0, CR4 or EFER that decides on translation, or on global pages.
     pub fn load(&mut self, registers: &Registers, memory: &impl Memory) {
-        let _ = (registers, memory);
+        for quarter in 0..4 {
+            self.load_quarter(registers, memory, quarter);
+        }
+        self.flush = true;
     }
 
     /// Resolves a page fault of the guest's processor: the linear address from CR2 and the error code.
+    ///
+    /// `registers` are those of the last [`Shadow::load`], here and wherever they are asked for.
     #[must_use]
     pub fn fault(
         &mut self,
         registers: &Registers,
         memory: &impl Memory,
-        address: u32,
+        linear: u32,
         error: u32,
     ) -> Resolution {
-        let _ = (registers, memory, address);
-        Resolution::Guest { error }
+        let access = Access::of_error(error);
+        let translation = match translate(registers, memory, linear, access) {
+            Ok(translation) => translation,
+            Err(fault) => return Resolution::Guest { error: fault.error },
+        };
+        let physical = translation.physical;
+        let frame = physical / FRAME;
+        if access.write {
+            match memory.place(frame) {
+                Place::Nothing | Place::ReadOnly(_) => return Resolution::Dropped { physical },
+                Place::Memory(_) if self.is_watched(frame) => {
+                    if self.tables(frame).any(|slot| self.slots[slot].parents > 0) {
+                        return Resolution::TableWrite { physical };
+                    }
+                    self.drop_tables(frame);
+                }
+                Place::Memory(_) | Place::Device(_) => {}
+            }
+        }
+        self.fill(registers, memory, linear, access, &translation);
+        Resolution::Filled
     }
 
     /// Follows a store of `size` bytes to guest-physical memory that may be a page table.
+    ///
+    /// What came from the changed entries is removed, or made from the new ones where they are present and accessed already. Where
+    /// they are not, the processor would set the accessed bit at the next use; so that must not be missed.
     pub fn written(
         &mut self,
         registers: &Registers,
@@ -119,30 +303,484 @@ impl<'a> Shadow<'a> {
         physical: u64,
         size: usize,
     ) {
-        let _ = (registers, memory, physical, size);
+        let end = physical + size as u64;
+        if registers.has_paging() && registers.mode().pae {
+            let pointers = registers.root()..registers.root() + 32;
+            if physical < pointers.end && pointers.start < end {
+                for quarter in 0..4 {
+                    self.load_quarter(registers, memory, quarter);
+                }
+            }
+        }
+        for frame in physical / FRAME..end.div_ceil(FRAME) {
+            let start = frame * FRAME;
+            let bytes =
+                (physical.max(start) - start) as usize..(end.min(start + FRAME) - start) as usize;
+            // No slot comes or goes while its entries follow.
+            let mut next = self.head(frame);
+            while let Some(slot) = next {
+                let key = self.slots[slot].key;
+                if key.frame == frame && key.level().is_some() {
+                    let entry_size = key.mode.entry_size();
+                    for index in bytes.start / entry_size..bytes.end.div_ceil(entry_size) {
+                        for index in key.indices(index) {
+                            self.follow(memory, slot, index);
+                        }
+                    }
+                }
+                next = link(self.slots[slot].next);
+            }
+        }
     }
 
-    /// Forgets what was known of a linear address: INVLPG.
-    pub fn invalidate_page(&mut self, registers: &Registers, memory: &impl Memory, address: u32) {
-        let _ = (registers, memory, address);
+    /// INVLPG: what is known of a linear address is read again, in tables too that changed without being told.
+    pub fn invalidate_page(&mut self, registers: &Registers, memory: &impl Memory, linear: u32) {
+        self.flush = true;
+        let [quarter, middle, low] = indices(linear);
+        self.load_quarter(registers, memory, quarter);
+        let Some(directory) = self.child(ROOT, quarter) else { return };
+        if self.slots[directory].key.role != Role::Directory {
+            return;
+        }
+        self.follow(memory, directory, middle);
+        if let Some(table) = self.child(directory, middle)
+            && self.slots[table].key.role == Role::Table
+        {
+            self.follow(memory, table, low);
+        }
     }
 
     /// Has the processor's TLB flushed.
-    pub fn flush(&mut self) {}
+    pub fn flush(&mut self) {
+        self.flush = true;
+    }
 
     /// Whether the processor's TLB, global pages too, has to be flushed before the guest goes on. Asking clears it.
     #[must_use]
     pub fn take_flush(&mut self) -> bool {
-        true
+        core::mem::take(&mut self.flush)
     }
 
-    /// The guest will tell of changes of this frame, a page table: it is watched no longer.
+    /// The guest will tell of changes of this frame, a page table: it is not watched any more.
     pub fn announce(&mut self, frame: u64) {
-        let _ = frame;
+        if let Some(state) = self.state(frame) {
+            state.announced = true;
+        }
     }
 
-    /// The frame is no page table any more.
+    /// The frame is no page table any more. Should it be one yet, it is watched.
     pub fn release(&mut self, frame: u64) {
-        let _ = frame;
+        if let Some(state) = self.state(frame) {
+            state.announced = false;
+        }
+        self.drop_tables(frame);
+    }
+
+    /// Whether changes of a frame will be told.
+    #[must_use]
+    pub fn is_announced(&self, frame: u64) -> bool {
+        self.frames.get(frame as usize).is_some_and(|state| state.announced)
+    }
+
+    /// What the guest uses a frame as, as far as it has shadows.
+    pub fn uses(&self, frame: u64) -> impl Iterator<Item = (Level, Mode)> {
+        self.tables(frame).filter_map(|slot| {
+            let key = self.slots[slot].key;
+            Some((key.level()?, key.mode))
+        })
+    }
+
+    /// Whether stores to a frame are not to be missed.
+    fn is_watched(&self, frame: u64) -> bool {
+        self.frames.get(frame as usize).is_some_and(|state| state.tables > 0 && !state.announced)
+    }
+
+    fn state(&mut self, frame: u64) -> Option<&mut Frame> {
+        self.frames.get_mut(usize::try_from(frame).ok()?)
+    }
+}
+
+// Entries.
+impl Shadow<'_> {
+    /// Fills in what a translation needs that succeeded for an access.
+    fn fill(
+        &mut self,
+        registers: &Registers,
+        memory: &impl Memory,
+        linear: u32,
+        access: Access,
+        translation: &Translation,
+    ) {
+        if self.free_count < LONGEST_PATH {
+            self.drop_all();
+            self.recycled += 1;
+        }
+        let mode = registers.mode();
+        let [quarter, middle, low] = indices(linear);
+        let directory = match translation.steps() {
+            [] => Key::identity(quarter),
+            [pointer, ..] if pointer.level == Level::Pointers => {
+                let frame = mode.frame(Level::Pointers, pointer.value);
+                Key { role: Role::Directory, part: 0, mode, frame }
+            }
+            [..] => Self::two_level_directory(registers, quarter),
+        };
+        let directory = self.find_or_make(memory, directory);
+        self.set(ROOT, quarter, self.table_address(directory) | PRESENT);
+        let mut table = None;
+        for step in translation.steps() {
+            match step.level {
+                Level::Pointers => {}
+                Level::Directory => {
+                    let value = self.made_of(memory, directory, middle, step.value, Some(access));
+                    self.set(directory, middle, value);
+                    table = self.child(directory, middle);
+                }
+                Level::Table => {
+                    if let Some(table) = table {
+                        let value = self.made_of(memory, table, low, step.value, Some(access));
+                        self.set(table, low, value);
+                    }
+                }
+            }
+        }
+        if translation.steps().is_empty() {
+            let frame = u64::from(linear) / FRAME;
+            let direct = self.find_or_make(memory, Key::direct(frame - low as u64, 0));
+            let value = self.table_address(direct) | PRESENT | WRITABLE | USER | ACCESSED;
+            self.set(directory, middle, value);
+            table = Some(direct);
+        }
+        if let Some(table) = table
+            && self.slots[table].key.role == Role::Direct
+        {
+            // It may have been watched when the table was made.
+            self.set_direct(memory, table, low);
+        }
+    }
+
+    /// Makes an entry of the page-directory-pointer table, if there is a shadow that it can lead to.
+    fn load_quarter(&mut self, registers: &Registers, memory: &impl Memory, quarter: usize) {
+        let mode = registers.mode();
+        let key = if !registers.has_paging() {
+            Some(Key::identity(quarter))
+        } else if mode.pae {
+            let pointer = mode.read(memory, registers.root() + quarter as u64 * 8);
+            let is_usable = pointer & PRESENT != 0 && !mode.has_reserved(Level::Pointers, pointer);
+            let frame = mode.frame(Level::Pointers, pointer);
+            is_usable.then_some(Key { role: Role::Directory, part: 0, mode, frame })
+        } else {
+            Some(Self::two_level_directory(registers, quarter))
+        };
+        let directory = key.and_then(|key| self.find(&key));
+        let value = directory.map_or(0, |directory| self.table_address(directory) | PRESENT);
+        self.set(ROOT, quarter, value);
+    }
+
+    fn two_level_directory(registers: &Registers, quarter: usize) -> Key {
+        let (mode, frame) = (registers.mode(), registers.root() / FRAME);
+        Key { role: Role::Directory, part: quarter as u16, mode, frame }
+    }
+
+    /// Makes an entry anew from the guest's entry as it is now.
+    fn follow(&mut self, memory: &impl Memory, slot: usize, index: usize) {
+        let key = self.slots[slot].key;
+        let offset = key.guest_index(index) * key.mode.entry_size();
+        let entry = key.mode.read(memory, key.frame * FRAME + offset as u64);
+        let value = self.made_of(memory, slot, index, entry, None);
+        self.set(slot, index, value);
+    }
+
+    /// The shadow entry that is made from a guest's entry: for an access that succeeded, or, with `None`, as far as one would
+    /// not change the guest's entry, and without making a table.
+    fn made_of(
+        &mut self,
+        memory: &impl Memory,
+        slot: usize,
+        index: usize,
+        entry: u64,
+        access: Option<Access>,
+    ) -> u64 {
+        let key = self.slots[slot].key;
+        let (Some(level), mode) = (key.level(), key.mode) else { return 0 };
+        if entry & (PRESENT | ACCESSED) != PRESENT | ACCESSED || mode.has_reserved(level, entry) {
+            return 0;
+        }
+        let is_large = mode.is_large(level, entry);
+        let mut allowed = entry & (WRITABLE | USER);
+        if mode.no_execute {
+            allowed |= entry & NO_EXECUTE;
+        }
+        let by_kernel = access.is_some_and(|access| access.write && !access.user);
+        if by_kernel && !mode.write_protect && entry & WRITABLE == 0 {
+            // The guest's kernel may store here and its processes may not, which no entry can say. It is the kernel's
+            // until a process comes and faults.
+            allowed = (allowed | WRITABLE) & !USER;
+        }
+        if (level == Level::Table || is_large) && entry & DIRTY == 0 {
+            allowed &= !WRITABLE;
+        }
+        let frame = mode.frame(level, entry);
+        if level == Level::Table {
+            return self.page(memory, frame, entry & ATTRIBUTES, allowed);
+        }
+        // Two neighbours share an entry of a two-level directory.
+        let half = if mode.pae { 0 } else { index % 2 };
+        let key = if is_large {
+            let attributes = entry & ATTRIBUTES & !ATTRIBUTE
+                | if entry & LARGE_ATTRIBUTE != 0 { ATTRIBUTE } else { 0 };
+            Key::direct(frame + (half * ENTRIES) as u64, attributes)
+        } else {
+            Key { role: Role::Table, part: half as u16, mode, frame }
+        };
+        let table = match access {
+            Some(_) => self.find_or_make(memory, key),
+            None => match self.find(&key) {
+                Some(table) => table,
+                None => return 0,
+            },
+        };
+        let caching = entry & (WRITE_THROUGH | CACHE_DISABLE);
+        self.table_address(table) | PRESENT | ACCESSED | caching | allowed
+    }
+
+    /// An entry that maps a frame of the guest.
+    fn page(&self, memory: &impl Memory, frame: u64, attributes: u64, allowed: u64) -> u64 {
+        let (address, writable) = match memory.place(frame) {
+            Place::Memory(address) if self.is_watched(frame) => (address, 0),
+            Place::Memory(address) if address / FRAME < self.frames.len() as u64 => {
+                (address, WRITABLE | TRACKED)
+            }
+            Place::Memory(address) | Place::Device(address) => (address, WRITABLE),
+            Place::ReadOnly(address) => (address, 0),
+            Place::Nothing => (self.ones, 0),
+        };
+        let writable = if allowed & WRITABLE != 0 { writable } else { 0 };
+        address & ADDRESS | PRESENT | ACCESSED | DIRTY | attributes | allowed & !WRITABLE | writable
+    }
+
+    /// Makes an entry of a direct table.
+    fn set_direct(&mut self, memory: &impl Memory, slot: usize, index: usize) {
+        let key = self.slots[slot].key;
+        let frame = key.frame + index as u64;
+        let value = self.page(memory, frame, key.part.into(), WRITABLE | USER);
+        self.set(slot, index, value);
+    }
+
+    /// Sets an entry, the only way to: what is counted is counted here.
+    fn set(&mut self, slot: usize, index: usize, value: u64) {
+        let place = (slot * ENTRIES + index) as u32;
+        let old = core::mem::replace(&mut self.pool[slot].0[index], value);
+        if old == value {
+            return;
+        }
+        if self.slots[slot].key.maps_pages() {
+            for (entry, comes) in [(old, false), (value, true)] {
+                if entry & TRACKED != 0
+                    && let Some(state) = self.state((entry & ADDRESS) / FRAME)
+                {
+                    count(&mut state.writers, &mut state.writer, place, comes);
+                }
+            }
+        } else {
+            for (entry, comes) in [(old, false), (value, true)] {
+                if let Some(child) = self.table_at(entry) {
+                    let child = &mut self.slots[child];
+                    count(&mut child.parents, &mut child.parent, place, comes);
+                }
+            }
+        }
+        // Processors look again before they raise a fault, so an entry that allows more needs no flush.
+        let allows_more = (old ^ value) & !(WRITABLE | TRACKED) == 0 && value & WRITABLE != 0;
+        if old & PRESENT != 0 && !allows_more {
+            self.flush = true;
+        }
+    }
+}
+
+// Tables.
+impl Shadow<'_> {
+    /// Forgets all shadows; which tables are announced stays known.
+    fn drop_all(&mut self) {
+        let tables = self.pool.len();
+        self.pool[ROOT] = Page::EMPTY;
+        for (i, slot) in self.slots[..tables].iter_mut().enumerate() {
+            let next = (i + 1) % tables;
+            *slot = Slot { next: if i == ROOT { 0 } else { next as u32 }, ..Slot::EMPTY };
+        }
+        self.free = 1;
+        self.free_count = tables - 1;
+        for state in &mut *self.frames {
+            *state = Frame { announced: state.announced, ..Frame::EMPTY };
+        }
+        self.flush = true;
+    }
+
+    fn table_address(&self, slot: usize) -> u64 {
+        self.base + slot as u64 * FRAME
+    }
+
+    /// The slot of the table that an entry leads to.
+    fn table_at(&self, entry: u64) -> Option<usize> {
+        (entry & PRESENT != 0).then(|| (((entry & ADDRESS) - self.base) / FRAME) as usize)
+    }
+
+    fn child(&self, slot: usize, index: usize) -> Option<usize> {
+        self.table_at(self.pool[slot].0[index])
+    }
+
+    /// The list that a frame's shadows are in.
+    fn bucket(&self, frame: u64) -> usize {
+        (frame % self.frames.len() as u64) as usize
+    }
+
+    /// The first slot of it.
+    fn head(&self, frame: u64) -> Option<usize> {
+        link(self.frames[self.bucket(frame)].head)
+    }
+
+    fn list(&self, frame: u64) -> impl Iterator<Item = usize> {
+        successors(self.head(frame), |&slot| link(self.slots[slot].next))
+    }
+
+    /// The shadows that a frame has as a table.
+    fn tables(&self, frame: u64) -> impl Iterator<Item = usize> {
+        self.list(frame).filter(move |&slot| {
+            let key = &self.slots[slot].key;
+            key.frame == frame && key.level().is_some()
+        })
+    }
+
+    fn find(&self, key: &Key) -> Option<usize> {
+        self.list(key.frame).find(|&slot| self.slots[slot].key == *key)
+    }
+
+    fn find_or_make(&mut self, memory: &impl Memory, key: Key) -> usize {
+        if let Some(slot) = self.find(&key) {
+            return slot;
+        }
+        // `fill` has seen to it that there are enough.
+        let slot = self.free as usize;
+        self.free = self.slots[slot].next;
+        self.free_count -= 1;
+        self.pool[slot] = Page::EMPTY;
+        let bucket = self.bucket(key.frame);
+        self.slots[slot] = Slot { key, next: self.frames[bucket].head, ..Slot::EMPTY };
+        self.frames[bucket].head = slot as u32;
+        if key.level().is_some() {
+            self.shadowed += 1;
+            if let Some(state) = self.state(key.frame) {
+                state.tables += 1;
+                if !state.announced {
+                    self.protect(memory, key.frame);
+                }
+            }
+        }
+        if key.role == Role::Direct {
+            for index in 0..ENTRIES {
+                self.set_direct(memory, slot, index);
+            }
+        }
+        slot
+    }
+
+    /// Takes stores to a frame out of all entries.
+    fn protect(&mut self, memory: &impl Memory, frame: u64) {
+        let Place::Memory(address) = memory.place(frame) else { return };
+        let frame = address / FRAME;
+        let allows_stores = |entry| entry & TRACKED != 0 && (entry & ADDRESS) / FRAME == frame;
+        let Some(&mut Frame { writers: 1.., writer, .. }) = self.state(frame) else { return };
+        let (slot, index) = (writer as usize / ENTRIES, writer as usize % ENTRIES);
+        self.forbid_stores(slot, index..index + 1, allows_stores);
+        for slot in 0..self.pool.len() {
+            if self.state(frame).is_none_or(|state| state.writers == 0) {
+                return;
+            }
+            self.forbid_stores(slot, 0..ENTRIES, allows_stores);
+        }
+    }
+
+    fn forbid_stores(&mut self, slot: usize, indices: Range<usize>, which: impl Fn(u64) -> bool) {
+        if self.slots[slot].key.maps_pages() {
+            for index in indices {
+                let entry = self.pool[slot].0[index];
+                if which(entry) {
+                    self.set(slot, index, entry & !(WRITABLE | TRACKED));
+                }
+            }
+        }
+    }
+
+    /// Forgets the shadows of a frame.
+    fn drop_tables(&mut self, frame: u64) {
+        loop {
+            let slot = self.tables(frame).next();
+            let Some(slot) = slot else { return };
+            self.drop_table(slot);
+        }
+    }
+
+    fn drop_table(&mut self, slot: usize) {
+        for index in 0..ENTRIES {
+            self.set(slot, index, 0);
+        }
+        let Slot { key, next, parent, .. } = self.slots[slot];
+        let (holder, index) = (parent as usize / ENTRIES, parent as usize % ENTRIES);
+        self.forget(slot, holder, index..index + 1);
+        for holder in 0..self.pool.len() {
+            if self.slots[slot].parents == 0 {
+                break;
+            }
+            self.forget(slot, holder, 0..ENTRIES);
+        }
+        let before = self.list(key.frame).find(|&other| self.slots[other].next == slot as u32);
+        match before {
+            Some(before) => self.slots[before].next = next,
+            None => {
+                let bucket = self.bucket(key.frame);
+                self.frames[bucket].head = next;
+            }
+        }
+        if let Some(state) = self.state(key.frame) {
+            state.tables -= 1;
+        }
+        self.slots[slot] = Slot { next: self.free, ..Slot::EMPTY };
+        self.free = slot as u32;
+        self.free_count += 1;
+        self.flush = true;
+    }
+
+    /// Clears the entries of a table that lead to another.
+    fn forget(&mut self, slot: usize, holder: usize, indices: Range<usize>) {
+        let is_table = matches!(self.slots[holder].key.role, Role::Directory | Role::Identity);
+        if is_table || holder == ROOT {
+            for index in indices {
+                if self.child(holder, index) == Some(slot) {
+                    self.set(holder, index, 0);
+                }
+            }
+        }
+    }
+}
+
+/// The indices of a linear address in the three shadow tables.
+const fn indices(linear: u32) -> [usize; 3] {
+    [linear as usize >> 30, linear as usize >> 21 & 511, linear as usize >> 12 & 511]
+}
+
+/// The slot that a link of a list leads to.
+fn link(slot: u32) -> Option<usize> {
+    (slot != 0).then_some(slot as usize)
+}
+
+/// Counts an entry that comes or goes, and keeps the place of one.
+fn count(number: &mut u32, place_of_one: &mut u32, place: u32, comes: bool) {
+    if comes {
+        *number += 1;
+        if *number == 1 {
+            *place_of_one = place;
+        }
+    } else {
+        *number -= 1;
     }
 }
