@@ -3,6 +3,11 @@
 //! Here is what runs anywhere: when the hypervisor is taken, which calls are served, and what is said of a failure. The
 //! instructions themselves are in `transport`, for 32-bit x86 only.
 
+#![cfg_attr(
+    not(target_arch = "x86"),
+    allow(dead_code, reason = "only the instructions need all of it")
+)]
+
 pub mod interface;
 #[cfg(target_arch = "x86")]
 mod transport;
@@ -142,7 +147,6 @@ impl Reference {
     }
 
     /// The physical address of something that lies in the granted memory beside the transport.
-    #[cfg_attr(not(target_arch = "x86"), expect(dead_code, reason = "the instructions need it"))]
     fn physical<T>(&self, there: *const T) -> u32 {
         self.physical | there.addr() as u32 & (Self::MEMORY - 1)
     }

@@ -8,7 +8,10 @@
 //! away: EBX, ESI, EDI and EBP are C's to keep, too. The page is found by the code's own place, so every alias of the image
 //! finds it at an alias of the page.
 
-#![expect(unsafe_code, reason = "UNSAFETY: naked routines, and memory at a distance that the image is told")]
+#![expect(
+    unsafe_code,
+    reason = "UNSAFETY: naked routines, and memory at a distance that the image is told"
+)]
 #![expect(non_snake_case, reason = "the specification's names")]
 
 use core::arch::{asm, global_asm, naked_asm};
@@ -134,7 +137,11 @@ unsafe fn chosen() -> (&'static Transport, &'static Queue<{ BATCH_LIMIT as usize
 fn submit(update: Update) {
     // SAFETY: `get_reloc` gives an entry away only when a backend is chosen.
     let (transport, queue) = unsafe { chosen() };
-    queue.submit(transport, update);
+    // Before each call the compiler would find the global offset table, of which there is none.
+    // SAFETY: `flush` is entered as it wants to be: without arguments, on an aligned stack or not.
+    queue.submit_or(transport, update, || unsafe {
+        asm!("call {}", sym flush, clobber_abi("fastcall"));
+    });
 }
 
 /// Has everything that waits done, and then this, uninterrupted.

@@ -72,7 +72,9 @@ impl Backend for Reference {
         describe(failure, &mut put);
         let length = TEXT_LIMIT - places.len();
         // SAFETY: the hypervisor reads the text, which lies in the granted memory.
-        unsafe { hypercall(Hypercall::Stop, self.physical::<Cell<u8>>(self.text.as_ptr()), length as u32) };
+        unsafe {
+            hypercall(Hypercall::Stop, self.physical::<Cell<u8>>(self.text.as_ptr()), length as u32)
+        };
         // It did not want to. Interrupts are off; an NMI finds the processor halted again.
         loop {
             // SAFETY: nothing goes on from here.

@@ -37,7 +37,13 @@ pub struct Args {
     bind: Option<Binding>,
 
     /// Which backends an image of revision 3.0 has, that rewrites sites. [default: all]
-    #[arg(long, value_enum, value_delimiter = ',', value_name = "BACKEND,...", hide_default_value = true)]
+    #[arg(
+        long,
+        value_enum,
+        value_delimiter = ',',
+        value_name = "BACKEND,...",
+        hide_default_value = true
+    )]
     #[arg(conflicts_with_all = ["bind", "link", "examples"])]
     backends: Vec<BackendName>,
 
@@ -124,7 +130,9 @@ impl Binding {
 fn forms(args: &Args) -> Result<Vec<Form>> {
     if !args.backends.is_empty() {
         if !matches!(args.api, None | Some(Api::Lookup)) {
-            bail!("--backends is for revision 3.0: the images of 13.x have the native backend only");
+            bail!(
+                "--backends is for revision 3.0: the images of 13.x have the native backend only"
+            );
         }
         let has_reference = args.backends.contains(&BackendName::Reference);
         let form = if has_reference { Form::Reference } else { Form::Lookup(Bind::Rewrite) };
@@ -271,7 +279,14 @@ mod tests {
     fn answers_are_chosen_for_revision_3_0_only() {
         let asked = |api, bind| {
             let backends = Vec::new();
-            forms(&Args { api: Some(api), link: false, examples: false, bind, backends, card: None })
+            forms(&Args {
+                api: Some(api),
+                link: false,
+                examples: false,
+                bind,
+                backends,
+                card: None,
+            })
         };
         let names = |api, bind| -> Vec<&str> {
             asked(api, bind).expect("sensible").into_iter().map(Form::name).collect()
