@@ -16,7 +16,6 @@ mod transport;
 pub use transport::cpuid;
 
 use crate::{CallNumber, Failure, Hypervisor, Vendor};
-use core::cell::Cell;
 use core::fmt;
 use interface::{BASE, BATCH_LIMIT, Features, LEAF_GRANT, LEAF_INTERFACE, Status, is_understood};
 use vmi_abi::flags::{EntryFlags, LazyMode};
@@ -24,20 +23,18 @@ use vmi_abi::number;
 
 /// The transport to the reference hypervisor.
 ///
-/// It lies in the memory that the hypervisor granted, within its first [`Self::MEMORY`] bytes, and so does the queue: the
-/// hypervisor reads batches there by their physical addresses.
+/// It lies in the memory that the hypervisor granted, within its first [`Self::LIMIT`] bytes, and so does the queue: the
+/// hypervisor reads batches there by their physical addresses. The rest, up to [`Self::MEMORY`] bytes, holds the last words.
 #[derive(Debug)]
 pub struct Reference {
     /// The physical address of the granted memory, a multiple of [`Self::MEMORY`].
     physical: u32,
     /// Whether updates may wait.
     batches: bool,
-    /// The last words, where the hypervisor can read them.
-    text: [Cell<u8>; TEXT_LIMIT],
 }
 
-/// Bytes of the last words.
-const TEXT_LIMIT: usize = 96;
+/// The most bytes of the last words.
+const TEXT_LIMIT: u32 = 96;
 
 /// Why the guest is left with native code under a reference hypervisor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,9 +72,12 @@ impl fmt::Display for Unfit {
 }
 
 impl Reference {
-    /// Bytes of memory that transport and queue may have together: one page. An address in it has the same low bits
+    /// Bytes of memory for all that is remembered: one page. An address in it has the same low bits
     /// wherever the guest maps it, so the physical one is easily found.
     pub const MEMORY: u32 = 4096;
+
+    /// Bytes of it that transport and queue may have.
+    pub const LIMIT: u32 = Self::MEMORY - TEXT_LIMIT;
 
     /// The calls that are served: what changes page tables, and what could see them unchanged.
     ///
@@ -128,7 +128,7 @@ impl Reference {
         }
         // A full queue goes over at once, so batches of fewer than it holds are as good as none.
         let batches = features.contains(Features::BATCH) && limit >= BATCH_LIMIT;
-        Ok(Self { physical, batches, text: [const { Cell::new(0) }; TEXT_LIMIT] })
+        Ok(Self { physical, batches })
     }
 
     /// The mode that the queue is to be in where the guest asks for this one: without batches nothing waits.

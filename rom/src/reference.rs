@@ -43,7 +43,7 @@ struct State {
     queue: Queue<{ BATCH_LIMIT as usize }>,
 }
 
-const _: () = assert!(size_of::<State>() <= Reference::MEMORY as usize);
+const _: () = assert!(size_of::<State>() <= Reference::LIMIT as usize);
 
 /// The image's [`Grant`], without the distance.
 pub(crate) const GRANT: [u32; 2] = [GRANT_SIGNATURE, Reference::MEMORY];

@@ -107,7 +107,7 @@ fn a_failure_is_said_in_a_line() {
         let failure = Failure { update, reason: Reason::Permanent, status, attempts: 1 };
         let mut text = String::new();
         describe(&failure, &mut |byte| text.push(byte.into()));
-        assert!(text.len() + 9 <= TEXT_LIMIT, "{text}");
+        assert!(text.len() + 9 <= TEXT_LIMIT as usize, "{text}");
         text
     };
     assert_eq!(

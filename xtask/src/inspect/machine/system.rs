@@ -26,6 +26,8 @@ pub struct System {
     pub debug: [u32; 8],
     /// The time-stamp counter.
     pub time: u64,
+    /// CPUID leaves that are another processor's than the plain one's: EAX, EBX, ECX, EDX.
+    pub leaves: BTreeMap<u32, [u32; 4]>,
     model_specific: BTreeMap<u32, u64>,
 }
 
@@ -40,6 +42,7 @@ impl System {
             control: [0x8005_003b, 0, 0, 0, 0x6b0, 0, 0, 0],
             debug: [0, 0, 0, 0, 0, 0, 0xffff_0ff0, 0x400],
             time: 0x10_0000_0000,
+            leaves: BTreeMap::new(),
             model_specific: BTreeMap::new(),
         }
     }
@@ -185,7 +188,8 @@ impl Machine<'_> {
             }
             M::Cpuid => {
                 let [leaf, subleaf, ..] = self.registers.general();
-                let [eax, ebx, ecx, edx] = System::identify(leaf, subleaf);
+                let known = self.system.leaves.get(&leaf).copied();
+                let [eax, ebx, ecx, edx] = known.unwrap_or_else(|| System::identify(leaf, subleaf));
                 self.registers.set(Register::EAX, eax);
                 self.registers.set(Register::EBX, ebx);
                 self.registers.set(Register::ECX, ecx);
