@@ -39,9 +39,9 @@ pub const ATTEMPTS: u32 = 8;
 
 /// Whether a test asked for a deliberate fault. Outside of tests there is none.
 macro_rules! faulty {
-    ($fault:ident) => {{
+    ($fault:ident $(if $condition:expr)?) => {{
         #[cfg(test)]
-        let faulty = tests::Fault::$fault.is_on();
+        let faulty = tests::Fault::$fault.is_on() $(&& $condition)?;
         #[cfg(not(test))]
         let faulty = false;
         faulty
@@ -109,9 +109,8 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
     pub fn submit_or(&self, backend: &impl Backend, update: Update, flush: impl Fn()) {
         let mask = self.begin(backend);
         let may_wait = || {
-            update.may_wait(self.lazy_mode())
-                || faulty!(EverythingWaits)
-                || update.call == number::InvalPage && faulty!(InvalPageWaits)
+            let wrongly = faulty!(InvalPageWaits if update.call == number::InvalPage);
+            update.may_wait(self.lazy_mode()) || wrongly || faulty!(EverythingWaits)
         };
         // What was before SetCR3 is visible after it, even where SetCR3 itself may wait.
         if update.call == number::SetCR3 && may_wait() && !faulty!(EntriesWaitBeyondSetCr3) {
@@ -320,7 +319,7 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
 /// Whether a call is one before which everything that waits must be visible.
 #[inline]
 fn flushes(call: &Call) -> bool {
-    let forgotten = call.number == Some(number::GetCR2) && faulty!(GetCR2DoesNotFlush);
+    let forgotten = faulty!(GetCR2DoesNotFlush if call.number == Some(number::GetCR2));
     Role::of(call) == Role::Flush && !forgotten
 }
 

@@ -7,11 +7,11 @@ use std::mem::offset_of;
 use vmi_abi::flags::{EntryFlags, LazyMode};
 use vmi_abi::header::{RomHeader, checksum};
 use vmi_abi::{CALLS_3_0, CallNumber, REVISION_3_0, RelocationType, STACK_LIMIT, number, probe};
-use vmi_hv_backend::reference::Reference;
 use vmi_hv_backend::reference::interface::{
     BASE, BATCH_LIMIT, Features, GRANT_OFFSET, GRANT_SIGNATURE, Grant, Hypercall, LEAF_GRANT,
     LEAF_INTERFACE, SIGNATURE, Status, VERSION,
 };
+use vmi_hv_backend::reference::{Reference, Unfit};
 use vmi_hv_backend::{ATTEMPTS, Update};
 use vmi_native_backend::binding::{Bind, SiteRule, answer, least_rule};
 use xtask::artifacts;
@@ -34,6 +34,9 @@ const ALIASES: [u32; 2] = [0, 0xc000_0000];
 
 /// The granted memory.
 const PAGE: u32 = 0xd_4000;
+
+/// The debug console of Bochs and of QEMU's `-debugcon`.
+const DEBUG_PORT: u16 = 0xe9;
 
 /// Where calls return to.
 const RETURN_ADDRESS: u32 = 0xc010_4567;
@@ -108,6 +111,8 @@ struct Guest {
     leaves: BTreeMap<u32, [u32; 4]>,
     answers: Answers,
     made: Vec<Made>,
+    /// What was said at the debug port.
+    said: String,
     seed: u64,
 }
 
@@ -128,6 +133,7 @@ impl Guest {
             leaves,
             answers: DONE,
             made: Vec::new(),
+            said: String::new(),
             seed: 1,
         })
     }
@@ -227,6 +233,7 @@ impl Guest {
         machine.flat = vec![0x60, 0x68, 0x7b];
         machine.stack_top = STACK_ENTRY + 4 + 4 * words.len() as u32;
         machine.system.leaves = self.leaves.clone();
+        machine.system.console = Some((DEBUG_PORT, Vec::new()));
         machine.system.idtr = (256 * 8 - 1, 0xc331_0000);
         let stop = loop {
             let stop = machine.run(1_000_000);
@@ -253,6 +260,8 @@ impl Guest {
             control: system.control,
         };
         self.page = memory.regions[1].bytes.clone();
+        let said = system.console.as_ref().context("no console")?.1.clone();
+        self.said.push_str(&String::from_utf8(said)?);
         if stop == Stop::Left {
             for register in KEPT {
                 let [is, was] = [registers, &before].map(|set| set.get(register));
@@ -272,7 +281,10 @@ impl Guest {
         let mut made = Made { number, address, count, updates: Vec::new(), text: String::new() };
         match Hypercall::of(number) {
             Some(Hypercall::Apply) => {
-                ensure!(address % 4 == 0 && (1..=BATCH_LIMIT).contains(&count), "{made:?}");
+                ensure!(
+                    address.is_multiple_of(4) && (1..=BATCH_LIMIT).contains(&count),
+                    "{made:?}"
+                );
                 let batch = bytes(count as usize * size_of::<Update>())?;
                 made.updates = batch.chunks_exact(size_of::<Update>()).map(update).collect();
             }
@@ -385,19 +397,21 @@ fn what_does_not_fit_leaves_the_guest_to_native_code() -> Result<()> {
         leaves
     };
     let misfits = [
-        with(1, 2, 0),
-        with(BASE, 0, LEAF_INTERFACE),
-        with(BASE, 1, 0x2020_2020),
-        with(LEAF_INTERFACE, 0, VERSION + (1 << 16)),
-        with(LEAF_INTERFACE, 1, Features::BATCH.bits()),
-        with(LEAF_GRANT, 0, PAGE + 4),
-        with(LEAF_GRANT, 1, Reference::MEMORY - 4),
+        (with(1, 2, 0), None),
+        (with(BASE, 0, LEAF_INTERFACE), Some(Unfit::FewLeaves)),
+        (with(BASE, 1, 0x2020_2020), Some(Unfit::Stranger)),
+        (with(LEAF_INTERFACE, 0, VERSION + (1 << 16)), Some(Unfit::Version)),
+        (with(LEAF_INTERFACE, 1, Features::BATCH.bits()), Some(Unfit::NoPageTables)),
+        (with(LEAF_GRANT, 0, PAGE + 4), Some(Unfit::Grant)),
+        (with(LEAF_GRANT, 1, Reference::MEMORY - 4), Some(Unfit::Grant)),
     ];
-    for leaves in misfits {
+    for (leaves, why) in misfits {
         let mut guest = Guest::placed(leaves.clone())?;
         let outcome = guest.init(ALIASES[1])?;
         assert_eq!(outcome.registers.get(Register::EAX), 0, "native code serves the guest");
         assert!(!guest.is_chosen(), "{leaves:x?}");
+        let line = why.map(|why| format!("VMI ROM: {why}, so native code runs\n"));
+        assert_eq!(guest.said, line.unwrap_or_default());
         assert!(guest.page.iter().all(|byte| *byte == 0), "{leaves:x?}");
         assert_eq!(guest.ask(ALIASES[1], number::SetPxE)?.0, RelocationType::NONE);
     }
@@ -538,6 +552,7 @@ fn a_refusal_is_tried_again_or_stops_the_guest() -> Result<()> {
     guest.answers = |nth, made| if nth == 0 { (Status::Busy as i32, 1) } else { DONE(nth, made) };
     guest.lazy(LazyMode::OFF)?;
     assert_eq!(guest.batches().iter().map(Vec::len).collect::<Vec<_>>(), [3, 1, 1]);
+    assert_eq!(guest.said, "VMI ROM: SetPxE at C0001004: busy\n");
 
     // Refused for good, or busy for ever: the last words, and the end.
     for (status, batches) in [(Status::BadAddress, 1), (Status::Busy, ATTEMPTS as usize)] {

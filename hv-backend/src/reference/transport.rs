@@ -23,6 +23,7 @@ impl Backend for Reference {
                 if has_debug_port() {
                     say(PREFIX, &mut put);
                     say(unfit.text(), &mut put);
+                    say(", so native code runs", &mut put);
                     put(b'\n');
                 }
                 None
