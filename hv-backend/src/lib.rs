@@ -155,7 +155,7 @@ fn text(signature: &[u8; 12]) -> &[u8] {
     let is_text = |byte: &u8| !matches!(byte, 0 | b' ');
     let start = signature.iter().position(is_text).unwrap_or(0);
     let end = signature.iter().rposition(is_text).map_or(start, |last| last + 1);
-    &signature[start..end]
+    signature.get(start..end).unwrap_or_default()
 }
 
 #[cfg(test)]

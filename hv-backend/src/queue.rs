@@ -39,9 +39,9 @@ pub const ATTEMPTS: u32 = 8;
 
 /// Whether a test asked for a deliberate fault. Outside of tests there is none.
 macro_rules! faulty {
-    ($fault:ident) => {{
+    ($fault:ident $(if $condition:expr)?) => {{
         #[cfg(test)]
-        let faulty = tests::Fault::$fault.is_on();
+        let faulty = tests::Fault::$fault.is_on() $(&& $condition)?;
         #[cfg(not(test))]
         let faulty = false;
         faulty
@@ -98,22 +98,28 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
     }
 
     /// Takes an update. When this returns it is visible, or it may wait and does.
-    ///
-    /// This is the frequent case: it is compiled for each call by itself, and has one way for all that may wait.
-    #[inline(always)]
+    #[inline]
     pub fn submit(&self, backend: &impl Backend, update: Update) {
+        self.submit_or(backend, update, || self.drain(backend));
+    }
+
+    /// [`Queue::submit`] for the frequent case: it is compiled for each call by itself, and has one way for all that may
+    /// wait. Where something has to go over it calls `flush`, which does [`Queue::flush`] in the caller's own way.
+    #[inline(always)]
+    pub fn submit_or(&self, backend: &impl Backend, update: Update, flush: impl Fn()) {
         let mask = self.begin(backend);
-        let may_wait = update.may_wait(LazyMode(self.mode.get()))
-            || faulty!(EverythingWaits)
-            || update.call == number::InvalPage && faulty!(InvalPageWaits);
+        let may_wait = || {
+            let wrongly = faulty!(InvalPageWaits if update.call == number::InvalPage);
+            update.may_wait(self.lazy_mode()) || wrongly || faulty!(EverythingWaits)
+        };
         // What was before SetCR3 is visible after it, even where SetCR3 itself may wait.
-        if update.call == number::SetCR3 && may_wait && !faulty!(EntriesWaitBeyondSetCr3) {
-            self.drain(backend);
+        if update.call == number::SetCR3 && may_wait() && !faulty!(EntriesWaitBeyondSetCr3) {
+            flush();
         }
         step!(backend);
         let is_full = self.push(backend, update) as usize >= CAPACITY;
-        if !may_wait || is_full && !faulty!(FullQueueDrops) {
-            self.drain(backend);
+        if !may_wait() || is_full && !faulty!(FullQueueDrops) {
+            flush();
         }
         self.end(backend, mask);
     }
@@ -163,6 +169,7 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
     }
 
     /// The lazy mode that the guest is in.
+    #[inline(always)]
     #[must_use]
     pub fn lazy_mode(&self) -> LazyMode {
         LazyMode(self.mode.get())
@@ -312,7 +319,7 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
 /// Whether a call is one before which everything that waits must be visible.
 #[inline]
 fn flushes(call: &Call) -> bool {
-    let forgotten = call.number == Some(number::GetCR2) && faulty!(GetCR2DoesNotFlush);
+    let forgotten = faulty!(GetCR2DoesNotFlush if call.number == Some(number::GetCR2));
     Role::of(call) == Role::Flush && !forgotten
 }
 

@@ -3,6 +3,11 @@
 //! Here is what runs anywhere: when the hypervisor is taken, which calls are served, and what is said of a failure. The
 //! instructions themselves are in `transport`, for 32-bit x86 only.
 
+#![cfg_attr(
+    not(target_arch = "x86"),
+    allow(dead_code, reason = "only the instructions need all of it")
+)]
+
 pub mod interface;
 #[cfg(target_arch = "x86")]
 mod transport;
@@ -11,7 +16,6 @@ mod transport;
 pub use transport::cpuid;
 
 use crate::{CallNumber, Failure, Hypervisor, Vendor};
-use core::cell::Cell;
 use core::fmt;
 use interface::{BASE, BATCH_LIMIT, Features, LEAF_GRANT, LEAF_INTERFACE, Status, is_understood};
 use vmi_abi::flags::{EntryFlags, LazyMode};
@@ -19,20 +23,18 @@ use vmi_abi::number;
 
 /// The transport to the reference hypervisor.
 ///
-/// It lies in the memory that the hypervisor granted, within its first [`Self::MEMORY`] bytes, and so does the queue: the
-/// hypervisor reads batches there by their physical addresses.
+/// It lies in the memory that the hypervisor granted, within its first [`Self::LIMIT`] bytes, and so does the queue: the
+/// hypervisor reads batches there by their physical addresses. The rest, up to [`Self::MEMORY`] bytes, holds the last words.
 #[derive(Debug)]
 pub struct Reference {
     /// The physical address of the granted memory, a multiple of [`Self::MEMORY`].
     physical: u32,
     /// Whether updates may wait.
     batches: bool,
-    /// The last words, where the hypervisor can read them.
-    text: [Cell<u8>; TEXT_LIMIT],
 }
 
-/// Bytes of the last words.
-const TEXT_LIMIT: usize = 96;
+/// The most bytes of the last words.
+const TEXT_LIMIT: u32 = 96;
 
 /// Why the guest is left with native code under a reference hypervisor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,9 +72,12 @@ impl fmt::Display for Unfit {
 }
 
 impl Reference {
-    /// Bytes of memory that transport and queue may have together: one page. An address in it has the same low bits
+    /// Bytes of memory for all that is remembered: one page. An address in it has the same low bits
     /// wherever the guest maps it, so the physical one is easily found.
     pub const MEMORY: u32 = 4096;
+
+    /// Bytes of it that transport and queue may have.
+    pub const LIMIT: u32 = Self::MEMORY - TEXT_LIMIT;
 
     /// The calls that are served: what changes page tables, and what could see them unchanged.
     ///
@@ -123,7 +128,7 @@ impl Reference {
         }
         // A full queue goes over at once, so batches of fewer than it holds are as good as none.
         let batches = features.contains(Features::BATCH) && limit >= BATCH_LIMIT;
-        Ok(Self { physical, batches, text: [const { Cell::new(0) }; TEXT_LIMIT] })
+        Ok(Self { physical, batches })
     }
 
     /// The mode that the queue is to be in where the guest asks for this one: without batches nothing waits.
@@ -142,7 +147,6 @@ impl Reference {
     }
 
     /// The physical address of something that lies in the granted memory beside the transport.
-    #[cfg_attr(not(target_arch = "x86"), expect(dead_code, reason = "the instructions need it"))]
     fn physical<T>(&self, there: *const T) -> u32 {
         self.physical | there.addr() as u32 & (Self::MEMORY - 1)
     }

@@ -45,6 +45,7 @@ fn every_known_signature_is_recognised_at_every_base() {
         (b" lrpepyh  vr", Vendor::Parallels),
         (b"QNXQVMBSQG\0\0", Vendor::Qnx),
         (b" QNXQVMBSQG ", Vendor::Qnx),
+        (b"OpenVMIRefHv", Vendor::Reference),
         (b"TCGTCGTCGTCG", Vendor::Tcg),
         (b"VBoxVBoxVBox", Vendor::VirtualBox),
         (b"VMwareVMware", Vendor::VMware),
@@ -76,6 +77,7 @@ fn of_several_interfaces_the_one_that_nobody_imitates_wins() {
     assert_eq!(choice((FIRST, HYPER_V), (SECOND, XEN)), (Vendor::Xen, SECOND));
     assert_eq!(choice((FIRST, HYPER_V), (SECOND, KVM)), (Vendor::Kvm, SECOND));
     assert_eq!(choice((FIRST, XEN), (SECOND, KVM)), (Vendor::Xen, FIRST));
+    assert_eq!(choice((FIRST, HYPER_V), (SECOND, b"OpenVMIRefHv")), (Vendor::Reference, SECOND));
     // A known interface wins over an unknown one, on either side of it.
     assert_eq!(choice((FIRST, HYPER_V), (SECOND, b"Somebody els")), (Vendor::HyperV, FIRST));
     assert_eq!(choice((FIRST, b"Somebody els"), (SECOND, HYPER_V)), (Vendor::HyperV, SECOND));

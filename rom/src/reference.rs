@@ -43,7 +43,7 @@ struct State {
     queue: Queue<{ BATCH_LIMIT as usize }>,
 }
 
-const _: () = assert!(size_of::<State>() <= Reference::MEMORY as usize);
+const _: () = assert!(size_of::<State>() <= Reference::LIMIT as usize);
 
 /// The image's [`Grant`], without the distance.
 pub(crate) const GRANT: [u32; 2] = [GRANT_SIGNATURE, Reference::MEMORY];
@@ -137,7 +137,11 @@ unsafe fn chosen() -> (&'static Transport, &'static Queue<{ BATCH_LIMIT as usize
 fn submit(update: Update) {
     // SAFETY: `get_reloc` gives an entry away only when a backend is chosen.
     let (transport, queue) = unsafe { chosen() };
-    queue.submit(transport, update);
+    // Before each call the compiler would find the global offset table, of which there is none.
+    // SAFETY: `flush` is entered as it wants to be: without arguments, on an aligned stack or not.
+    queue.submit_or(transport, update, || unsafe {
+        asm!("call {}", sym flush, clobber_abi("fastcall"));
+    });
 }
 
 /// Has everything that waits done, and then this, uninterrupted.

@@ -17,6 +17,8 @@ pub struct Artifacts {
     pub fastest: PathBuf,
     /// The image that answers CALL_REL wherever it can.
     pub call: PathBuf,
+    /// The image with the reference backend beside the native one.
+    pub reference: PathBuf,
     /// The linked file of `native`.
     pub native_elf: PathBuf,
     /// The linked file of `fastest`.
@@ -61,6 +63,7 @@ pub fn build_all(findings: &Findings) -> Result<Artifacts> {
     let native = build::rom(&tools, Form::Lookup(Bind::Rewrite))?;
     let fastest = build::rom(&tools, Form::Lookup(Bind::Fastest))?;
     let call = build::rom(&tools, Form::Lookup(Bind::Call))?;
+    let reference = build::rom(&tools, Form::Reference)?;
     let slots_13_0 = build::rom(&tools, Form::Slots13_0)?;
     let slots_13_3 = build::rom(&tools, Form::Slots13_3)?;
     let links = link::all(&tools, &[slots_13_0.clone(), slots_13_3.clone()])?;
@@ -69,6 +72,7 @@ pub fn build_all(findings: &Findings) -> Result<Artifacts> {
         native: native.path,
         fastest: fastest.path,
         call: call.path,
+        reference: reference.path,
         native_elf: native.elf,
         fastest_elf: fastest.elf,
         call_elf: call.elf,

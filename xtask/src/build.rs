@@ -25,7 +25,7 @@ const TARGET: &str = "targets/i686-unknown-none.json";
 const TARGET_NAME: &str = "i686-unknown-none";
 
 /// What is compiled for it.
-const BARE_PACKAGES: [&str; 10] = [
+const BARE_PACKAGES: [&str; 14] = [
     "--package",
     "vmi-abi",
     "--package",
@@ -33,9 +33,13 @@ const BARE_PACKAGES: [&str; 10] = [
     "--package",
     "vmi-native-backend",
     "--package",
+    "vmi-hv-backend",
+    "--package",
     "vmi-guest",
     "--package",
     "vmi-example-kernel",
+    "--features",
+    "vmi-rom/reference",
 ];
 
 /// Two addresses that have few bits in common: the second is where Linux sees an option ROM.

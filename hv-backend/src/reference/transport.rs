@@ -7,7 +7,7 @@ use super::{Reference, TEXT_LIMIT, describe, say};
 use crate::{Backend, Batch, CallNumber, Failure, Hypervisor, InterruptMask, Reason, Refusal};
 use core::arch::asm;
 use core::arch::x86::__cpuid_count;
-use core::cell::Cell;
+use core::ptr::with_exposed_provenance_mut;
 
 /// The debug console of Bochs and of QEMU's `-debugcon`. Reading it answers its own number.
 const DEBUG_PORT: u8 = 0xe9;
@@ -23,6 +23,7 @@ impl Backend for Reference {
                 if has_debug_port() {
                     say(PREFIX, &mut put);
                     say(unfit.text(), &mut put);
+                    say(", so native code runs", &mut put);
                     put(b'\n');
                 }
                 None
@@ -62,19 +63,20 @@ impl Backend for Reference {
 
     #[cold]
     fn stop(&self, failure: &Failure) {
-        let mut places = self.text.iter();
+        let page = (&raw const *self).expose_provenance() & !(Self::MEMORY as usize - 1);
+        let text: *mut u8 = with_exposed_provenance_mut(page + Self::LIMIT as usize);
+        let mut length = 0;
         let mut put = |byte| {
-            if let Some(place) = places.next() {
-                place.set(byte);
+            if length < TEXT_LIMIT {
+                // SAFETY: the granted memory's last bytes, which are for this.
+                unsafe { text.add(length as usize).write(byte) };
+                length += 1;
             }
         };
         say(PREFIX, &mut put);
         describe(failure, &mut put);
-        let length = TEXT_LIMIT - places.len();
-        // SAFETY: the hypervisor reads the text, which lies in the granted memory.
-        unsafe {
-            hypercall(Hypercall::Stop, self.physical::<Cell<u8>>(self.text.as_ptr()), length as u32)
-        };
+        // SAFETY: the hypervisor reads the text.
+        unsafe { hypercall(Hypercall::Stop, self.physical(text), length) };
         // It did not want to. Interrupts are off; an NMI finds the processor halted again.
         loop {
             // SAFETY: nothing goes on from here.

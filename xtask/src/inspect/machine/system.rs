@@ -26,8 +26,15 @@ pub struct System {
     pub debug: [u32; 8],
     /// The time-stamp counter.
     pub time: u64,
+    /// CPUID leaves that are another processor's than the plain one's: EAX, EBX, ECX, EDX.
+    pub leaves: BTreeMap<u32, [u32; 4]>,
+    /// A debug console, if there is one: its port, which reads as its own number, and what was written to it.
+    pub console: Option<(u16, Vec<u8>)>,
     model_specific: BTreeMap<u32, u64>,
 }
+
+/// Bytes of a console that are kept.
+const CONSOLE_KEPT: usize = 4096;
 
 impl System {
     pub(super) fn new(random: Random) -> Self {
@@ -40,6 +47,8 @@ impl System {
             control: [0x8005_003b, 0, 0, 0, 0x6b0, 0, 0, 0],
             debug: [0, 0, 0, 0, 0, 0, 0xffff_0ff0, 0x400],
             time: 0x10_0000_0000,
+            leaves: BTreeMap::new(),
+            console: None,
             model_specific: BTreeMap::new(),
         }
     }
@@ -155,10 +164,23 @@ impl Machine<'_> {
             M::Invd | M::Wbinvd | M::Invlpg => {}
             M::In => {
                 let register = i.op0_register();
-                let value = self.system.random.word() & flags::mask(register.size());
+                let console =
+                    self.system.console.as_ref().filter(|(port, _)| *port == self.port(i, 1));
+                let value = match console {
+                    Some((port, _)) => u32::from(*port),
+                    None => self.system.random.word() & flags::mask(register.size()),
+                };
                 self.registers.set(register, value);
             }
-            M::Out => {}
+            M::Out => {
+                let (port, value) = (self.port(i, 0), self.registers.get(i.op1_register()));
+                let console = self.system.console.as_mut();
+                if let Some((_, text)) = console.filter(|(console, _)| *console == port)
+                    && text.len() < CONSOLE_KEPT
+                {
+                    text.push(value as u8);
+                }
+            }
             M::Rdmsr => {
                 let index = self.registers.get(Register::ECX);
                 let fresh = self.system.random.bits();
@@ -185,7 +207,8 @@ impl Machine<'_> {
             }
             M::Cpuid => {
                 let [leaf, subleaf, ..] = self.registers.general();
-                let [eax, ebx, ecx, edx] = System::identify(leaf, subleaf);
+                let known = self.system.leaves.get(&leaf).copied();
+                let [eax, ebx, ecx, edx] = known.unwrap_or_else(|| System::identify(leaf, subleaf));
                 self.registers.set(Register::EAX, eax);
                 self.registers.set(Register::EBX, ebx);
                 self.registers.set(Register::ECX, ecx);
@@ -197,6 +220,14 @@ impl Machine<'_> {
             _ => return Err(Stop::Undecided),
         }
         Ok(())
+    }
+
+    /// The port that an operand names.
+    fn port(&self, i: &Instruction, operand: u32) -> u16 {
+        match i.op_kind(operand) {
+            OpKind::Immediate8 => i.immediate8().into(),
+            _ => self.registers.get(Register::DX) as u16,
+        }
     }
 
     /// An interrupt: without a usable table of handlers the processor shuts down.

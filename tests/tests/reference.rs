@@ -1,0 +1,586 @@
+//! The image with the reference backend: placed by a hypervisor that exists only here, and executed instruction by instruction.
+
+use anyhow::{Context, Result, bail, ensure};
+use iced_x86::{Mnemonic, Register};
+use std::collections::BTreeMap;
+use std::mem::offset_of;
+use vmi_abi::flags::{EntryFlags, LazyMode};
+use vmi_abi::header::{RomHeader, checksum};
+use vmi_abi::{CALLS_3_0, CallNumber, REVISION_3_0, RelocationType, STACK_LIMIT, number, probe};
+use vmi_hv_backend::reference::interface::{
+    BASE, BATCH_LIMIT, Features, GRANT_OFFSET, GRANT_SIGNATURE, Grant, Hypercall, LEAF_GRANT,
+    LEAF_INTERFACE, SIGNATURE, Status, VERSION,
+};
+use vmi_hv_backend::reference::{Reference, Unfit};
+use vmi_hv_backend::{ATTEMPTS, Update};
+use vmi_native_backend::binding::{Bind, SiteRule, answer, least_rule};
+use xtask::artifacts;
+use xtask::inspect::machine::{Code, Machine, Memory, Region, Registers, Stop};
+use xtask::inspect::random::Random;
+use xtask::inspect::{self, HIGH_BASE, Rom, verify};
+
+/// Bytes that the image may have.
+const LIMIT: usize = 16 * 1024;
+
+/// Instructions that an update which waits may take in the ROM, from its entry to its return.
+const WAITING_LIMIT: u64 = 40;
+
+/// Instructions that `get_reloc` may take: ten more than in the native image.
+const GET_RELOC_LIMIT: u64 = 34;
+
+/// Where the image lies, and two linear addresses of physical address 0: identity, and as Linux has it.
+const IMAGE: u32 = 0xc_a000;
+const ALIASES: [u32; 2] = [0, 0xc000_0000];
+
+/// The granted memory.
+const PAGE: u32 = 0xd_4000;
+
+/// The debug console of Bochs and of QEMU's `-debugcon`.
+const DEBUG_PORT: u16 = 0xe9;
+
+/// Where calls return to.
+const RETURN_ADDRESS: u32 = 0xc010_4567;
+
+const STACK_BASE: u32 = 0xc12f_e000;
+const STACK_SIZE: usize = 2048;
+const STACK_ENTRY: u32 = STACK_BASE + 4 * STACK_LIMIT;
+
+/// What a call is to keep.
+const KEPT: [Register; 6] =
+    [Register::EBX, Register::ESI, Register::EDI, Register::EBP, Register::DS, Register::ES];
+
+fn image() -> Result<Vec<u8>> {
+    Ok(std::fs::read(&artifacts::ensure()?.reference)?)
+}
+
+fn word(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+}
+
+/// The image as somebody leaves it who grants it memory at this distance.
+fn placed(distance: u32) -> Result<Vec<u8>> {
+    let mut bytes = image()?;
+    let at = GRANT_OFFSET + offset_of!(Grant, distance);
+    bytes[at..at + 4].copy_from_slice(&distance.to_le_bytes());
+    let last = bytes.len() - 1;
+    bytes[last] = bytes[last].wrapping_sub(checksum(&bytes));
+    Ok(bytes)
+}
+
+/// CPUID of the hypervisor that the image is for.
+fn leaves(features: Features) -> BTreeMap<u32, [u32; 4]> {
+    BTreeMap::from([
+        (1, [0x633, 0x800, 1 << 31, 0x0383_fbff]),
+        (BASE, [LEAF_GRANT, word(&SIGNATURE, 0), word(&SIGNATURE, 4), word(&SIGNATURE, 8)]),
+        (LEAF_INTERFACE, [VERSION, features.bits(), BATCH_LIMIT, 0]),
+        (LEAF_GRANT, [PAGE, Reference::MEMORY, 0, 0]),
+    ])
+}
+
+/// What came of an execution.
+#[derive(Debug)]
+struct Outcome {
+    stop: Stop,
+    registers: Registers,
+    instructions: u64,
+    stack: u32,
+    events: Vec<Mnemonic>,
+    /// CR2, CR3 and CR4 as they are then.
+    control: [u32; 8],
+}
+
+/// What a hypercall said, and what the updates of a batch were.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Made {
+    number: u32,
+    address: u32,
+    count: u32,
+    updates: Vec<Update>,
+    text: String,
+}
+
+/// How a hypercall is answered: EAX and EDX, from its number among all.
+type Answers = fn(usize, &Made) -> (i32, u32);
+
+const DONE: Answers = |_, made| (Status::Done as i32, made.count);
+
+/// A guest with a placed image.
+struct Guest {
+    image: Vec<u8>,
+    page: Vec<u8>,
+    leaves: BTreeMap<u32, [u32; 4]>,
+    answers: Answers,
+    made: Vec<Made>,
+    /// What was said at the debug port.
+    said: String,
+    seed: u64,
+}
+
+impl Guest {
+    /// A guest that has called `vmi_init` by the first alias.
+    fn new(features: Features) -> Result<Self> {
+        let mut guest = Self::placed(leaves(features))?;
+        let outcome = guest.init(ALIASES[0])?;
+        ensure!(outcome.registers.get(Register::EAX) == 0, "vmi_init refuses");
+        ensure!(guest.made.is_empty(), "hypercalls in vmi_init: {:?}", guest.made);
+        Ok(guest)
+    }
+
+    fn placed(leaves: BTreeMap<u32, [u32; 4]>) -> Result<Self> {
+        Ok(Self {
+            image: placed(PAGE - IMAGE)?,
+            page: vec![0; Reference::MEMORY as usize],
+            leaves,
+            answers: DONE,
+            made: Vec::new(),
+            said: String::new(),
+            seed: 1,
+        })
+    }
+
+    fn is_chosen(&self) -> bool {
+        word(&self.page, 0) != 0
+    }
+
+    fn init(&mut self, alias: u32) -> Result<Outcome> {
+        let entry = alias + IMAGE + offset_of!(RomHeader, vmi_init) as u32;
+        let outcome = self.run(alias, entry, &[], &[])?.returned()?;
+        ensure!(outcome.stack < STACK_LIMIT, "vmi_init: {} bytes of stack", outcome.stack);
+        Ok(outcome)
+    }
+
+    /// Type and address of `get_reloc`'s answer, and instructions.
+    fn ask(&mut self, alias: u32, call: CallNumber) -> Result<(RelocationType, u32, u64)> {
+        let entry = alias + IMAGE + offset_of!(RomHeader, get_reloc) as u32;
+        let outcome = self.run(alias, entry, &[(Register::EAX, call.0)], &[])?.returned()?;
+        let [eax, edx] =
+            [Register::EAX, Register::EDX].map(|register| outcome.registers.get(register));
+        Ok((RelocationType(u8::try_from(edx)?), eax, outcome.instructions))
+    }
+
+    /// Calls what `get_reloc` answers, with EAX, EDX and ECX, and words of the stack.
+    fn call(
+        &mut self,
+        alias: u32,
+        call: CallNumber,
+        [eax, edx, ecx]: [u32; 3],
+        words: &[u32],
+    ) -> Result<Outcome> {
+        let (kind, entry, _) = self.ask(alias, call)?;
+        ensure!(kind == RelocationType::CALL_REL, "call {} is answered {kind:?}", call.0);
+        let arguments = [(Register::EAX, eax), (Register::EDX, edx), (Register::ECX, ecx)];
+        let outcome = self.run(alias, entry, &arguments, words)?;
+        ensure!(outcome.stack < STACK_LIMIT, "call {}: {} bytes of stack", call.0, outcome.stack);
+        Ok(outcome)
+    }
+
+    /// The same for a call that has to return.
+    fn done(&mut self, call: CallNumber, arguments: [u32; 3], words: &[u32]) -> Result<Outcome> {
+        self.call(ALIASES[1], call, arguments, words)?.returned()
+    }
+
+    fn set_entry(&mut self, place: u32) -> Result<Outcome> {
+        self.done(number::SetPxE, [0x1067 + place, 0xc000_1000 + 4 * place, 1], &[])
+    }
+
+    fn lazy(&mut self, mode: LazyMode) -> Result<Outcome> {
+        self.done(number::SetLazyMode, [mode.0, 0, 0], &[])
+    }
+
+    fn run(
+        &mut self,
+        alias: u32,
+        entry: u32,
+        arguments: &[(Register, u32)],
+        words: &[u32],
+    ) -> Result<Outcome> {
+        self.seed += 1;
+        let mut random = Random::new(self.seed);
+        let mut registers = Registers::default();
+        (registers.eip, registers.eflags) = (entry, 0x202);
+        for register in KEPT.into_iter().chain([Register::EAX, Register::ECX, Register::EDX]) {
+            registers.set(register, random.word());
+        }
+        for (register, selector) in [
+            (Register::CS, 0x60),
+            (Register::SS, 0x68),
+            (Register::DS, 0x7b),
+            (Register::ES, 0x7b),
+            (Register::ESP, STACK_ENTRY),
+        ] {
+            registers.set(register, selector);
+        }
+        for (register, value) in arguments {
+            registers.set(*register, *value);
+        }
+        let before = registers.clone();
+
+        let mut stack = Region {
+            name: "stack",
+            base: STACK_BASE,
+            bytes: vec![0xa5; STACK_SIZE],
+            writable: true,
+        };
+        for (i, value) in [RETURN_ADDRESS].iter().chain(words).enumerate() {
+            let at = (STACK_ENTRY - STACK_BASE) as usize + 4 * i;
+            stack.bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
+        }
+        let page =
+            Region { name: "grant", base: alias + PAGE, bytes: self.page.clone(), writable: true };
+        let code = Code::new(&self.image, 10_000_000);
+        let memory = Memory::new(&self.image, alias + IMAGE, vec![stack, page]);
+        let mut machine = Machine::new(&code, memory, registers, random);
+        machine.flat = vec![0x60, 0x68, 0x7b];
+        machine.stack_top = STACK_ENTRY + 4 + 4 * words.len() as u32;
+        machine.system.leaves = self.leaves.clone();
+        machine.system.console = Some((DEBUG_PORT, Vec::new()));
+        machine.system.idtr = (256 * 8 - 1, 0xc331_0000);
+        let stop = loop {
+            let stop = machine.run(1_000_000);
+            if !(stop == Stop::Undecided && machine.trace.mnemonic == Mnemonic::Vmmcall) {
+                break stop;
+            }
+            let [number, count, _, address, ..] = machine.registers.general();
+            let interrupts_are_on = machine.registers.eflags & 1 << 9 != 0;
+            ensure!(!interrupts_are_on, "a hypercall with interrupts on");
+            let made = self.hypercall(&machine.memory.regions[1].bytes, number, address, count)?;
+            let (status, result) = (self.answers)(self.made.len(), &made);
+            self.made.push(made);
+            machine.registers.set(Register::EAX, status as u32);
+            machine.registers.set(Register::EDX, result);
+        };
+        let Machine { registers, trace, memory, system, .. } = &machine;
+        ensure!(trace.breaches.is_empty(), "{:?}", trace.breaches);
+        let outcome = Outcome {
+            stop,
+            registers: registers.clone(),
+            instructions: trace.instructions,
+            stack: machine.stack_depth(),
+            events: trace.events.iter().map(|(_, mnemonic)| *mnemonic).collect(),
+            control: system.control,
+        };
+        self.page = memory.regions[1].bytes.clone();
+        let said = system.console.as_ref().context("no console")?.1.clone();
+        self.said.push_str(&String::from_utf8(said)?);
+        if stop == Stop::Left {
+            for register in KEPT {
+                let [is, was] = [registers, &before].map(|set| set.get(register));
+                ensure!(is == was, "{register:?} is {is:#x}, and was {was:#x}");
+            }
+            ensure!(registers.get(Register::ESP) == STACK_ENTRY + 4, "the caller pops its words");
+            ensure!(registers.eflags & 0x600 == before.eflags & 0x600, "IF or DF is lost");
+        }
+        Ok(outcome)
+    }
+
+    /// What a hypercall says, as the hypervisor reads it: by physical addresses, of the granted page only.
+    fn hypercall(&self, page: &[u8], number: u32, address: u32, count: u32) -> Result<Made> {
+        let start = address.checked_sub(PAGE).context("not the granted page")? as usize;
+        let bytes =
+            |length: usize| page.get(start..start + length).context("beyond the granted page");
+        let mut made = Made { number, address, count, updates: Vec::new(), text: String::new() };
+        match Hypercall::of(number) {
+            Some(Hypercall::Apply) => {
+                ensure!(
+                    address.is_multiple_of(4) && (1..=BATCH_LIMIT).contains(&count),
+                    "{made:?}"
+                );
+                let batch = bytes(count as usize * size_of::<Update>())?;
+                made.updates = batch.chunks_exact(size_of::<Update>()).map(update).collect();
+            }
+            Some(Hypercall::Stop) => {
+                made.text = String::from_utf8(bytes(count as usize)?.to_vec())?;
+            }
+            _ => bail!("hypercall {number}"),
+        }
+        Ok(made)
+    }
+
+    /// The batches since this was asked last.
+    fn batches(&mut self) -> Vec<Vec<Update>> {
+        self.made.drain(..).map(|made| made.updates).collect()
+    }
+}
+
+impl Outcome {
+    fn returned(self) -> Result<Self> {
+        let Self { stop, ref registers, .. } = self;
+        ensure!(
+            stop == Stop::Left && registers.eip == RETURN_ADDRESS,
+            "ends with {stop:?} at {:#x}",
+            registers.eip
+        );
+        Ok(self)
+    }
+}
+
+fn update(bytes: &[u8]) -> Update {
+    let [call, address, low, high, flags] = [0, 4, 8, 12, 16].map(|at| word(bytes, at));
+    Update { call: CallNumber(call), address, low, high, flags }
+}
+
+const BOTH: Features = Features::PAGE_TABLES.union(Features::BATCH);
+
+#[test]
+fn the_file_is_clean_and_wants_a_page() -> Result<()> {
+    let bytes = image()?;
+    let report = verify(&Rom::parse(&bytes)?);
+    assert!(report.is_clean(), "{:#?}", report.violations);
+    assert!(bytes.len() <= LIMIT, "{} bytes", bytes.len());
+    assert_eq!(checksum(&bytes), 0);
+    assert!(probe::probe(&bytes, REVISION_3_0).is_ok());
+    let grant = [0, 4, 8].map(|at| word(&bytes, GRANT_OFFSET + at));
+    assert_eq!(grant, [GRANT_SIGNATURE, Reference::MEMORY, 0]);
+    Ok(())
+}
+
+/// On the bare machine the image is the native one: its answers, its calls' bytes, and no look at the processor.
+#[test]
+fn a_file_that_nobody_placed_is_the_native_image() -> Result<()> {
+    let [bytes, native] = [image()?, std::fs::read(&artifacts::ensure()?.native)?];
+    let table = |bytes| Ok::<_, anyhow::Error>(inspect::answers(&Rom::parse(bytes)?, HIGH_BASE));
+    let (ours, natives) = (table(&bytes)?, table(&native)?);
+    assert_eq!(ours.init, Some(0));
+    assert!(ours.most_instructions() <= GET_RELOC_LIMIT, "{}", ours.most_instructions());
+    for call in CALLS_3_0 {
+        let number = call.number.context("a number of 3.0")?;
+        let [is, was] = [&ours, &natives].map(|table| table.answer_of(number));
+        let (is, was) = (is.context(call.name)?, was.context(call.name)?);
+        assert_eq!(is.kind, was.kind, "{}", call.name);
+        if let (Some(is), Some(was)) = (is.offset, was.offset) {
+            // But for the distance to what they share.
+            let shown = |bytes: &[u8], at: usize| {
+                [bytes[at..at + 3].to_vec(), bytes[at + 7..at + 16].to_vec()]
+            };
+            assert_eq!(shown(&bytes, is), shown(&native, was), "{}", call.name);
+        }
+    }
+    let mut guest = Guest::placed(leaves(BOTH))?;
+    guest.image = bytes;
+    assert!(!guest.init(ALIASES[1])?.events.contains(&Mnemonic::Cpuid));
+    assert!(!guest.is_chosen());
+    Ok(())
+}
+
+#[test]
+fn a_placed_image_takes_its_calls_over_at_every_alias() -> Result<()> {
+    let mut guest = Guest::new(BOTH)?;
+    assert!(guest.is_chosen());
+    let mut plain = Guest::placed(leaves(BOTH))?;
+    plain.image = image()?;
+    for alias in ALIASES {
+        for call in CALLS_3_0 {
+            let number = call.number.context("a number of 3.0")?;
+            let (kind, eip, instructions) = guest.ask(alias, number)?;
+            let (native_kind, native_eip, _) = plain.ask(alias, number)?;
+            assert!(instructions <= GET_RELOC_LIMIT, "{}: {instructions}", call.name);
+            if Reference::SERVED.contains(&number) {
+                assert_eq!(kind, RelocationType::CALL_REL, "{}", call.name);
+                assert_ne!(eip, native_eip, "{}", call.name);
+            } else {
+                let holds = SiteRule::InAWord as u8 >= least_rule(call, Bind::Rewrite) as u8;
+                let wanted =
+                    if holds { answer(call, Bind::Rewrite).0 } else { RelocationType::NONE };
+                assert_eq!((kind, kind), (native_kind, wanted), "{}", call.name);
+                assert_eq!(eip, native_eip, "{}", call.name);
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn what_does_not_fit_leaves_the_guest_to_native_code() -> Result<()> {
+    let with = |leaf: u32, register: usize, value: u32| {
+        let mut leaves = leaves(BOTH);
+        leaves.entry(leaf).or_default()[register] = value;
+        leaves
+    };
+    let misfits = [
+        (with(1, 2, 0), None),
+        (with(BASE, 0, LEAF_INTERFACE), Some(Unfit::FewLeaves)),
+        (with(BASE, 1, 0x2020_2020), Some(Unfit::Stranger)),
+        (with(LEAF_INTERFACE, 0, VERSION + (1 << 16)), Some(Unfit::Version)),
+        (with(LEAF_INTERFACE, 1, Features::BATCH.bits()), Some(Unfit::NoPageTables)),
+        (with(LEAF_GRANT, 0, PAGE + 4), Some(Unfit::Grant)),
+        (with(LEAF_GRANT, 1, Reference::MEMORY - 4), Some(Unfit::Grant)),
+    ];
+    for (leaves, why) in misfits {
+        let mut guest = Guest::placed(leaves.clone())?;
+        let outcome = guest.init(ALIASES[1])?;
+        assert_eq!(outcome.registers.get(Register::EAX), 0, "native code serves the guest");
+        assert!(!guest.is_chosen(), "{leaves:x?}");
+        let line = why.map(|why| format!("VMI ROM: {why}, so native code runs\n"));
+        assert_eq!(guest.said, line.unwrap_or_default());
+        assert!(guest.page.iter().all(|byte| *byte == 0), "{leaves:x?}");
+        assert_eq!(guest.ask(ALIASES[1], number::SetPxE)?.0, RelocationType::NONE);
+    }
+    Ok(())
+}
+
+#[test]
+fn an_update_that_waits_is_short() -> Result<()> {
+    let mut guest = Guest::new(BOTH)?;
+    guest.lazy(LazyMode::MMU)?;
+    guest.made.clear();
+    let mut most = 0;
+    for place in 0..BATCH_LIMIT - 1 {
+        let outcome = guest.set_entry(place)?;
+        most = most.max(outcome.instructions);
+        assert!(guest.made.is_empty(), "update {place} did not wait");
+    }
+    println!("SetPxE that waits: {most} instructions");
+    assert!(most <= WAITING_LIMIT, "{most}");
+
+    // They lie in the page in their order, and the last one that fits takes all along.
+    let wanted: Vec<Update> = (0..BATCH_LIMIT)
+        .map(|place| Update::SetPxE(0x1067 + place, 0xc000_1000 + 4 * place, 1))
+        .collect();
+    let first: Vec<u8> =
+        [38, 0xc000_1000, 0x1067, 0, 1_u32].iter().flat_map(|word| word.to_le_bytes()).collect();
+    let at = guest.page.windows(20).position(|bytes| bytes == first).context("not in the page")?;
+    let queue: Vec<Update> = guest.page[at..].chunks_exact(20).map(update).collect();
+    assert_eq!(queue[..127], wanted[..127]);
+    guest.set_entry(BATCH_LIMIT - 1)?;
+    let made = guest.made.pop().context("no hypercall")?;
+    assert_eq!((made.number, made.address, made.count), (1, PAGE + at as u32, BATCH_LIMIT));
+    assert_eq!(made.updates, wanted);
+    assert!(guest.made.is_empty());
+
+    // The long form, and notifications.
+    for (call, arguments, words, wanted) in [
+        (
+            number::SetPxELong,
+            [0x1067, 7, 0xc000_1008],
+            &[1][..],
+            Update::SetPxELong(0x7_0000_1067, 0xc000_1008, 1),
+        ),
+        (number::UpdatePxE, [0xc000_1010, 1, 9], &[], Update::UpdatePxE(0xc000_1010, 1)),
+        (number::UpdatePxELong, [0xc000_1018, 2, 9], &[], Update::UpdatePxELong(0xc000_1018, 2)),
+    ] {
+        let outcome = guest.done(call, arguments, words)?;
+        println!("call {} that waits: {} instructions", call.0, outcome.instructions);
+        assert!(outcome.instructions <= WAITING_LIMIT, "call {}: {}", call.0, outcome.instructions);
+        assert!(guest.made.is_empty());
+        guest.done(number::GetCR2, [0; 3], &[])?;
+        assert_eq!(guest.batches(), [[wanted]]);
+    }
+    Ok(())
+}
+
+#[test]
+fn what_may_not_wait_goes_over_with_what_waits() -> Result<()> {
+    for (call, [eax, edx, ecx], words, wanted) in [
+        (
+            number::AllocatePage,
+            [0x123, 0x11, 0],
+            &[0, 0][..],
+            Some(Update::AllocatePage(0x123, 0x11)),
+        ),
+        (number::ReleasePage, [0x123, 1, 0], &[], Some(Update::ReleasePage(0x123, 1))),
+        (number::InvalPage, [0xc123_4000, 0, 0], &[], Some(Update::InvalPage(0xc123_4000))),
+        (number::FlushTLB, [3, 0, 0], &[], Some(Update::FlushTLB(3))),
+        (number::SetCR3, [0x5000, 0, 0], &[], Some(Update::SetCR3(0x5000))),
+        (number::SetLazyMode, [0, 0, 0], &[], None),
+        (number::SetLazyMode, [2, 0, 0], &[], None),
+        (number::GetCR2, [0, 0, 0], &[], None),
+        (number::GetCR3, [0, 0, 0], &[], None),
+        (number::SetCR0, [0x8005_003b, 0, 0], &[], None),
+        (number::SetCR4, [0x690, 0, 0], &[], None),
+    ] {
+        let mut guest = Guest::new(BOTH)?;
+        guest.lazy(LazyMode::MMU)?;
+        guest.set_entry(0)?;
+        guest.set_entry(1)?;
+        assert!(guest.batches().is_empty());
+        let outcome = guest.done(call, [eax, edx, ecx], words)?;
+        let waiting =
+            (0..2).map(|place| Update::SetPxE(0x1067 + place, 0xc000_1000 + 4 * place, 1));
+        assert_eq!(guest.batches(), [waiting.chain(wanted).collect::<Vec<_>>()], "call {}", call.0);
+        let result = outcome.registers.get(Register::EAX);
+        match call {
+            number::GetCR2 => assert_eq!(result, outcome.control[2]),
+            number::GetCR3 => assert_eq!(result, outcome.control[3]),
+            number::SetCR0 => assert_eq!(outcome.control[0], eax),
+            number::SetCR4 => assert_eq!(outcome.control[4], eax),
+            _ => {}
+        }
+        // And nothing a second time.
+        guest.done(number::GetCR2, [0; 3], &[])?;
+        assert!(guest.batches().is_empty());
+    }
+    Ok(())
+}
+
+#[test]
+fn nobody_stops_with_work_undone() -> Result<()> {
+    for (call, stop) in [
+        (number::Halt, Stop::Left),
+        (number::Shutdown, Stop::Halted),
+        (number::Reboot, Stop::Reset),
+    ] {
+        let mut guest = Guest::new(BOTH)?;
+        guest.lazy(LazyMode::MMU)?;
+        guest.set_entry(0)?;
+        let outcome = guest.call(ALIASES[1], call, [1, 0, 0], &[])?;
+        assert_eq!(outcome.stop, stop, "call {}", call.0);
+        assert_eq!(guest.batches().len(), 1, "call {}", call.0);
+    }
+    Ok(())
+}
+
+#[test]
+fn outside_of_the_lazy_modes_and_without_batches_nothing_waits() -> Result<()> {
+    let defer = EntryFlags::DEFER.bits() | 1;
+    for (features, mode) in
+        [(BOTH, LazyMode::OFF), (BOTH, LazyMode::CPU), (Features::PAGE_TABLES, LazyMode::MMU)]
+    {
+        let mut guest = Guest::new(features)?;
+        guest.lazy(mode)?;
+        guest.done(number::SetPxE, [0x1067, 0xc000_1000, defer], &[])?;
+        assert_eq!(guest.batches(), [[Update::SetPxE(0x1067, 0xc000_1000, 1)]], "{features:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_refusal_is_tried_again_or_stops_the_guest() -> Result<()> {
+    // Busy once: the refused update goes alone, then the rest.
+    let mut guest = Guest::new(BOTH)?;
+    guest.lazy(LazyMode::MMU)?;
+    (0..3).try_for_each(|place| guest.set_entry(place).map(drop))?;
+    guest.answers = |nth, made| if nth == 0 { (Status::Busy as i32, 1) } else { DONE(nth, made) };
+    guest.lazy(LazyMode::OFF)?;
+    assert_eq!(guest.batches().iter().map(Vec::len).collect::<Vec<_>>(), [3, 1, 1]);
+    assert_eq!(guest.said, "VMI ROM: SetPxE at C0001004: busy\n");
+
+    // Refused for good, or busy for ever: the last words, and the end.
+    for (status, batches) in [(Status::BadAddress, 1), (Status::Busy, ATTEMPTS as usize)] {
+        let mut guest = Guest::new(BOTH)?;
+        guest.answers = match status {
+            Status::Busy => |_, _| (Status::Busy as i32, 0),
+            _ => |_, _| (Status::BadAddress as i32, 0),
+        };
+        let outcome = guest.call(ALIASES[1], number::SetPxE, [0x1067, 0xc000_1018, 1], &[])?;
+        assert_eq!(outcome.stop, Stop::Halted);
+        let last = guest.made.pop().context("no last words")?;
+        let text = format!("VMI ROM: SetPxE at C0001018: {}", status.text());
+        assert_eq!((last.number, last.text), (Hypercall::Stop as u32, text));
+        assert_eq!(guest.made.len(), batches);
+        assert!(guest.made.iter().all(|made| made.number == Hypercall::Apply as u32));
+    }
+    Ok(())
+}
+
+#[test]
+fn a_second_vmi_init_changes_nothing() -> Result<()> {
+    let mut guest = Guest::new(BOTH)?;
+    guest.lazy(LazyMode::MMU)?;
+    guest.set_entry(0)?;
+    let page = guest.page.clone();
+    for alias in ALIASES {
+        assert_eq!(guest.init(alias)?.registers.get(Register::EAX), 0);
+    }
+    assert!(guest.page == page && guest.made.is_empty());
+    Ok(())
+}
