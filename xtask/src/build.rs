@@ -214,13 +214,66 @@ pub fn guest(tools: &Tools, links: &[Link]) -> Result<PathBuf> {
     Ok(path)
 }
 
+/// Where the reference hypervisor lands.
+#[must_use]
+pub fn hypervisor_path() -> PathBuf {
+    crate::workspace().join("target/hypervisor/vmi-hypervisor.bin")
+}
+
 /// Builds the reference hypervisor.
 ///
 /// # Errors
 ///
-/// There is no program yet.
-pub fn hypervisor(_tools: &Tools) -> Result<PathBuf> {
-    bail!("the reference hypervisor has no program yet")
+/// It does not compile.
+pub fn hypervisor(tools: &Tools) -> Result<PathBuf> {
+    const HOST: &str = "x86_64-unknown-none";
+    let path = hypervisor_path();
+    let progress = Progress::start(format!("building {}", shown(&path)));
+    let _lock = lock()?;
+    let Tools { compiler, linker } = tools;
+    let folder = crate::workspace().join("target/hypervisor-build");
+    let mut cargo = Command::new(&compiler.cargo);
+    cargo.current_dir(crate::workspace());
+    for (name, _) in std::env::vars_os().filter(|(name, _)| is_foreign(name)) {
+        cargo.env_remove(name);
+    }
+    cargo
+        .args(["build", "--locked", "--release", "--package", "vmi-hypervisor"])
+        .args(["--target", HOST, "-Zbuild-std=core,alloc,compiler_builtins", "--target-dir"])
+        .arg(&folder)
+        .env("RUSTC_BOOTSTRAP", "1")
+        .env("RUSTC", &compiler.rustc)
+        .env("RUSTC_WRAPPER", "")
+        .env("RUSTC_WORKSPACE_WRAPPER", "")
+        .env(
+            "CARGO_ENCODED_RUSTFLAGS",
+            ["-Crelocation-model=static", "-Ccode-model=small", "-Clinker-flavor=ld"]
+                .join("\u{1f}"),
+        )
+        .env("CARGO_TARGET_X86_64_UNKNOWN_NONE_LINKER", &linker.path);
+    run(&mut cargo, &progress)?;
+    // A multiboot loader takes no 64-bit ELF file: the segments as they lie in memory, behind a header that says where.
+    write(&path, &segments(&read(&folder.join(HOST).join("release/vmi-hypervisor"))?)?)?;
+    Ok(path)
+}
+
+/// What a linked file loads, from its first byte in memory to its last in the file.
+fn segments(linked: &[u8]) -> Result<Vec<u8>> {
+    use object::{Object, ObjectSegment};
+    let file = object::File::parse(linked)?;
+    let mut segments = Vec::new();
+    for segment in file.segments() {
+        segments.push((segment.address(), segment.data()?));
+    }
+    segments.retain(|(_, bytes)| !bytes.is_empty());
+    segments.sort_by_key(|(address, _)| *address);
+    let start = segments.first().map(|(address, _)| *address).context("nothing is loaded")?;
+    let mut image = Vec::new();
+    for (address, bytes) in segments {
+        image.resize(usize::try_from(address - start)?, 0);
+        image.extend(bytes);
+    }
+    Ok(image)
 }
 
 /// Builds a kernel for the bare machine, from a package whose build script hands the linker the objects that

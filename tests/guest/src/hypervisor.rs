@@ -13,7 +13,6 @@ use vmi_hv_backend::reference::interface::{
 #[derive(Clone, Copy)]
 pub(crate) struct Hypervisor {
     /// The most updates that a batch may have.
-    #[expect(dead_code, reason = "for the hostile guest")]
     pub(crate) batch_limit: u32,
 }
 

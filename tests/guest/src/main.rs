@@ -17,6 +17,7 @@
 //! - `costs`: instructions of what a kernel does, with the ROM and without,
 //! - `hypervisor`: the reference hypervisor below, where there is one,
 //! - `workload`: what a kernel does to page tables all day, and what that costs under the hypervisor,
+//! - `hostile`: what no guest should do to that hypervisor,
 //! - `functions`: the functions that `vmi-abi` makes of the calls,
 //! - `checks`: one function for each call, under the specification's name.
 
@@ -42,6 +43,8 @@ mod devices;
 mod functions;
 #[cfg(target_os = "none")]
 mod harness;
+#[cfg(target_os = "none")]
+mod hostile;
 #[cfg(target_os = "none")]
 mod hypervisor;
 #[cfg(target_os = "none")]

@@ -114,6 +114,9 @@ static mut OTHER_ROOT: Frame = Frame([0; PAGE as usize]);
 /// Two frames for tests to map.
 pub(crate) static mut TEST_FRAMES: [Frame; 2] = [Frame([0; PAGE as usize]); 2];
 
+/// Tables for tests to fill.
+pub(crate) static mut TEST_TABLES: [Frame; 2] = [Frame([0; PAGE as usize]); 2];
+
 /// Call sites: written and executed. Two pages, for sites that lie in both.
 pub(crate) static mut SITE_FRAMES: [Frame; 2] = [Frame([0; PAGE as usize]); 2];
 

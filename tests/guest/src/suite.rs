@@ -9,6 +9,7 @@
 use crate::boot::PAGE_OFFSET;
 use crate::client::Client;
 use crate::console::line;
+use crate::hostile::{self, Attempts};
 use crate::paging::{self, Mode, Space};
 use crate::report::{self, Problems, Report};
 use crate::rom::{self, Rom};
@@ -139,7 +140,17 @@ fn first_start(client: Client) -> ! {
         rom.allow_rewriting();
     }
     if command_line::has("workload") {
-        run_workload(report, space, rom)
+        run_in_each_mode(report, space, rom, workload::run)
+    }
+    if command_line::has("hostile") {
+        let mut attempts = Attempts::default();
+        let run = |report: &mut Report, space, rom| {
+            hostile::run(report, &mut attempts, space, rom);
+            if space.mode == MODES[usize::from(paging::has_pae())] {
+                attempts.say();
+            }
+        };
+        run_in_each_mode(report, space, rom, run)
     }
     let fingerprint = fingerprint(rom.bytes());
     for (index, mode) in MODES.into_iter().enumerate() {
@@ -190,13 +201,18 @@ fn enter_mode(mode: Mode, space: Space) -> Space {
     space
 }
 
-/// A kernel's work instead of its calls one by one.
-fn run_workload(mut report: Report, space: Space, rom: Rom) -> ! {
+/// Something else than the calls one by one.
+fn run_in_each_mode(
+    mut report: Report,
+    space: Space,
+    rom: Rom,
+    mut run: impl FnMut(&mut Report, Space, Rom),
+) -> ! {
     if rom.client != Client::Lookup {
-        report::abandon(format_args!("the workload is that of a kernel of revision 3.0"))
+        report::abandon(format_args!("only a kernel of revision 3.0 does this"))
     }
     for mode in MODES.into_iter().filter(|mode| *mode == Mode::NonPae || paging::has_pae()) {
-        workload::run(&mut report, enter_mode(mode, space), rom);
+        run(&mut report, enter_mode(mode, space), rom);
     }
     report.finish()
 }

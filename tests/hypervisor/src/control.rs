@@ -37,11 +37,9 @@ fn cr4_bits() -> u32 {
     let (basic, extended) = (__cpuid(1), __cpuid_count(7, 0));
     // VME to OSXMMEXCPT.
     let mut bits = 0x7ff;
-    for (is_there, bit) in [
-        (has(extended.ecx, 2), 11),
-        (has(extended.ebx, 0), 16),
-        (has(basic.ecx, 26), 18),
-    ] {
+    for (is_there, bit) in
+        [(has(extended.ecx, 2), 11), (has(extended.ebx, 0), 16), (has(basic.ecx, 26), 18)]
+    {
         if is_there {
             bits |= 1 << bit;
         }
@@ -90,7 +88,10 @@ impl Guest {
     fn unsupported(&self, instruction: &Instruction) -> ! {
         self.fail(
             Ending::Unsupported,
-            format_args!("an access to a control register that is not known: {:?}", instruction.code()),
+            format_args!(
+                "an access to a control register that is not known: {:?}",
+                instruction.code()
+            ),
         )
     }
 
@@ -105,7 +106,12 @@ impl Guest {
         }
     }
 
-    fn write_control_register(&mut self, instruction: &Instruction, register: Register, value: u32) {
+    fn write_control_register(
+        &mut self,
+        instruction: &Instruction,
+        register: Register,
+        value: u32,
+    ) {
         let before = self.own;
         let valid = match register {
             Register::CR0 => {
