@@ -98,7 +98,11 @@ fn run(vmcb: &mut Vmcb, start: *const u8, prepare: impl FnOnce(&mut Vmcb)) -> (u
 
 /// Tries them all. Ends where one fails that there is no way around.
 pub(crate) fn check(vmcb: &mut Vmcb) -> Quirks {
-    let mut probe = |name: &str, start: *const u8, at: *const u8, code: u64, prepare: fn(&mut Vmcb)| {
+    let mut probe = |name: &str,
+                     start: *const u8,
+                     at: *const u8,
+                     code: u64,
+                     prepare: fn(&mut Vmcb)| {
         let (found, rip) = run(vmcb, start, prepare);
         if (found, rip) != (code, at as u64) {
             give_up(

@@ -37,11 +37,9 @@ fn cr4_bits() -> u32 {
     let (basic, extended) = (__cpuid(1), __cpuid_count(7, 0));
     // VME to OSXMMEXCPT.
     let mut bits = 0x7ff;
-    for (is_there, bit) in [
-        (has(extended.ecx, 2), 11),
-        (has(extended.ebx, 0), 16),
-        (has(basic.ecx, 26), 18),
-    ] {
+    for (is_there, bit) in
+        [(has(extended.ecx, 2), 11), (has(extended.ebx, 0), 16), (has(basic.ecx, 26), 18)]
+    {
         if is_there {
             bits |= 1 << bit;
         }
@@ -90,7 +88,10 @@ impl Guest {
     fn unsupported(&self, instruction: &Instruction) -> ! {
         self.fail(
             Ending::Unsupported,
-            format_args!("an access to a control register that is not known: {:?}", instruction.code()),
+            format_args!(
+                "an access to a control register that is not known: {:?}",
+                instruction.code()
+            ),
         )
     }
 
@@ -105,7 +106,12 @@ impl Guest {
         }
     }
 
-    fn write_control_register(&mut self, instruction: &Instruction, register: Register, value: u32) {
+    fn write_control_register(
+        &mut self,
+        instruction: &Instruction,
+        register: Register,
+        value: u32,
+    ) {
         let before = self.own;
         let valid = match register {
             Register::CR0 => {
@@ -158,8 +164,11 @@ impl Guest {
         state.efer = self.own.efer | SVM_ENABLE | EFER_NO_EXECUTE;
         let control = &mut self.vmcb.control;
         control.cr_reads = 1 << 3;
+        control.cr_writes = 1 << 3 | 1 << 4;
         if state.cr0 != self.own.cr0.into() {
             control.cr_reads |= 1 << 0;
+            // What the guest sets may be what the processor has already: no change to it.
+            control.cr_writes |= 1 << 0;
         }
         if state.cr4 != self.own.cr4.into() {
             control.cr_reads |= 1 << 4;
@@ -167,6 +176,5 @@ impl Guest {
         if self.quirks.reads_share_cr0 {
             control.cr_reads |= 1 << 0;
         }
-        control.cr_writes = 1 << 3 | 1 << 4;
     }
 }

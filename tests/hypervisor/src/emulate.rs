@@ -147,7 +147,8 @@ impl<B: Bus> Execution<'_, B> {
             M::Btr => self.bit(target, source, size, |value, bit| value & !bit)?,
             M::Btc => self.bit(target, source, size, |value, bit| value ^ bit)?,
             M::Xchg => {
-                let (a, b) = (self.load_to_change(target, size)?, self.load_to_change(source, size)?);
+                let (a, b) =
+                    (self.load_to_change(target, size)?, self.load_to_change(source, size)?);
                 self.store(target, size, b)?;
                 self.store(source, size, a)?;
             }
@@ -222,8 +223,11 @@ impl<B: Bus> Execution<'_, B> {
         };
         let base = self.segment_base(Register::ES);
         self.store(Operand::Memory(base.wrapping_add(masked(registers[EDI]))), size, value)?;
-        let step =
-            if self.state.eflags & DIRECTION == 0 { size as u32 } else { (size as u32).wrapping_neg() };
+        let step = if self.state.eflags & DIRECTION == 0 {
+            size as u32
+        } else {
+            (size as u32).wrapping_neg()
+        };
         let registers = &mut self.state.registers;
         registers[EDI] = merged(registers[EDI], registers[EDI].wrapping_add(step));
         if moves {
@@ -319,8 +323,7 @@ impl<B: Bus> Execution<'_, B> {
             self.bus.translate(linear, access).map_err(|error| Stop::PageFault { linear, error })
         };
         let start = translate(linear)?;
-        let second =
-            if first < size { translate(linear.wrapping_add(first as u32))? } else { 0 };
+        let second = if first < size { translate(linear.wrapping_add(first as u32))? } else { 0 };
         Ok([(start, 0, first), (second, first, size - first)])
     }
 
@@ -328,9 +331,8 @@ impl<B: Bus> Execution<'_, B> {
         if length.is_power_of_two() {
             return self.bus.read(physical, length);
         }
-        (0..length).fold(0, |value, byte| {
-            value | self.bus.read(physical + byte as u64, 1) << (8 * byte)
-        })
+        (0..length)
+            .fold(0, |value, byte| value | self.bus.read(physical + byte as u64, 1) << (8 * byte))
     }
 
     fn modify(

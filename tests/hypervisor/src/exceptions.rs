@@ -1,6 +1,9 @@
 //! The hypervisor's own exceptions: each ends in a report, but the one that [`read_msr`] and [`write_msr`] expect.
 
-#![expect(unsafe_code, reason = "UNSAFETY: descriptor tables, handlers in assembly, RDMSR and WRMSR")]
+#![expect(
+    unsafe_code,
+    reason = "UNSAFETY: descriptor tables, handlers in assembly, RDMSR and WRMSR"
+)]
 
 use crate::boot::{CODE, TASK};
 use crate::console::line;
@@ -193,8 +196,10 @@ pub(crate) fn initialize() {
     let task = (&raw const TASK_STATE) as u64;
     let limit = size_of::<[u32; 26]>() as u64 - 1;
     let low = limit | (task & 0xff_ffff) << 16 | AVAILABLE_TASK | (task >> 24 & 0xff) << 56;
-    let pointer =
-        Pointer { limit: (size_of::<[Gate; VECTORS]>() - 1) as u16, base: (&raw const GATES) as u64 };
+    let pointer = Pointer {
+        limit: (size_of::<[Gate; VECTORS]>() - 1) as u16,
+        base: (&raw const GATES) as u64,
+    };
     // SAFETY: one processor; the tables are complete before they are loaded, and static. IST 1 is at 24h of the task state.
     unsafe {
         let words = (&raw mut TASK_STATE).cast::<u32>();

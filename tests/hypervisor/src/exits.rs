@@ -161,7 +161,8 @@ impl Guest {
         let mut text = [0; 1024];
         let length = (bytes as usize).min(text.len());
         for (offset, byte) in text[..length].iter_mut().enumerate() {
-            let value = self.machine.read(u64::from(address) + offset as u64, 1).unwrap_or_default();
+            let value =
+                self.machine.read(u64::from(address) + offset as u64, 1).unwrap_or_default();
             *byte = match value as u8 {
                 byte @ (b' '..=b'~' | b'\n') => byte,
                 _ => b'?',

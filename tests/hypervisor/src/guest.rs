@@ -9,8 +9,8 @@ use crate::machine::{Machine, OWN};
 use crate::options::{Options, Paging};
 use crate::report::{self, Ending};
 use crate::svm::{
-    EVENT_EXCEPTION, EVENT_HAS_CODE, EVENT_INTERRUPT, EVENT_NMI, EVENT_VALID, FLUSH_ALL, Intercepts,
-    NESTED_PAGING, RAX, RSP, Registers, SEGMENT_32_BIT, SVM_ENABLE, Vmcb, enter,
+    EVENT_EXCEPTION, EVENT_HAS_CODE, EVENT_INTERRUPT, EVENT_NMI, EVENT_VALID, FLUSH_ALL,
+    Intercepts, NESTED_PAGING, RAX, RSP, Registers, SEGMENT_32_BIT, SVM_ENABLE, Vmcb, enter,
 };
 use crate::{nested, vcpu};
 use core::arch::x86_64::{__cpuid, _rdtsc};
@@ -145,8 +145,8 @@ impl Guest {
         self.started = ticks();
         let mut exited = self.started;
         loop {
-            let flush =
-                core::mem::take(&mut self.flush) | self.shadow.as_mut().is_some_and(Shadow::take_flush);
+            let flush = core::mem::take(&mut self.flush)
+                | self.shadow.as_mut().is_some_and(Shadow::take_flush);
             self.vmcb.control.tlb_control = if flush { FLUSH_ALL } else { 0 };
             self.vmcb.state.rax = self.registers[RAX];
             self.vmcb.state.rsp = self.registers[RSP];
@@ -169,7 +169,8 @@ impl Guest {
     fn read_own(&mut self) {
         let state = &self.vmcb.state;
         if self.shadow.is_some() {
-            self.own.cr0 = self.own.cr0 & !crate::control::FREE | state.cr0 as u32 & crate::control::FREE;
+            self.own.cr0 =
+                self.own.cr0 & !crate::control::FREE | state.cr0 as u32 & crate::control::FREE;
         } else {
             self.own.cr0 = state.cr0 as u32;
             self.own.cr3 = state.cr3 as u32;
@@ -261,7 +262,10 @@ impl Guest {
         let mut event = (vector, code);
         if pending & EVENT_VALID != 0 && pending >> 8 & 7 == EVENT_EXCEPTION {
             if first == DOUBLE_FAULT && (serious(vector) || vector == PAGE_FAULT) {
-                self.fail(Ending::TripleFault, format_args!("the guest's processor shut down: a triple fault"));
+                self.fail(
+                    Ending::TripleFault,
+                    format_args!("the guest's processor shut down: a triple fault"),
+                );
             }
             if (serious(first) && serious(vector))
                 || (first == PAGE_FAULT && (serious(vector) || vector == PAGE_FAULT))

@@ -7,9 +7,9 @@ use crate::multiboot::{
 };
 use crate::report::{Ending, give_up};
 use core::mem::size_of;
+use object::Endianness;
 use object::elf::{EM_386, ET_EXEC, FileHeader32, PT_LOAD};
 use object::read::elf::{FileHeader, ProgramHeader};
-use object::Endianness;
 
 /// Multiboot specification 0.6.96, section 3.1: the header lies in the first bytes of the file.
 const HEADER_MAGIC: u32 = 0x1bad_b002;
@@ -105,7 +105,8 @@ fn load_segments(machine: &Machine, file: &[u8], header: &FileHeader32<Endiannes
     let virtual_entry = header.e_entry(endian);
     let mut entry = None;
     for segment in segments.iter().filter(|segment| segment.p_type(endian) == PT_LOAD) {
-        let (start, size) = (u64::from(segment.p_paddr(endian)), u64::from(segment.p_memsz(endian)));
+        let (start, size) =
+            (u64::from(segment.p_paddr(endian)), u64::from(segment.p_memsz(endian)));
         let Ok(bytes) = segment.data(endian, file) else {
             refuse(format_args!("the segment at {start:#x} is not in the file"))
         };
@@ -143,7 +144,10 @@ fn load_segments(machine: &Machine, file: &[u8], header: &FileHeader32<Endiannes
 fn store_information(machine: &Machine, loader: &Loader, line: &str) {
     let mut page = [0; INFORMATION_SIZE];
     if LINE_OFFSET + line.len() >= INFORMATION_SIZE {
-        refuse(format_args!("its command line is longer than {}", INFORMATION_SIZE - LINE_OFFSET - 1));
+        refuse(format_args!(
+            "its command line is longer than {}",
+            INFORMATION_SIZE - LINE_OFFSET - 1
+        ));
     }
     page[LINE_OFFSET..LINE_OFFSET + line.len()].copy_from_slice(line.as_bytes());
 

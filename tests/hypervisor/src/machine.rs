@@ -144,7 +144,10 @@ impl Machine {
 
     /// Copies bytes into the guest's memory, which must have been asked for: [`Machine::is_memory`].
     pub(crate) fn store(&self, address: u64, bytes: &[u8]) {
-        assert!(self.is_memory(address, bytes.len() as u64), "a store outside of the guest's memory");
+        assert!(
+            self.is_memory(address, bytes.len() as u64),
+            "a store outside of the guest's memory"
+        );
         // SAFETY: mapped, not the hypervisor's, and the guest does not run.
         unsafe { core::ptr::copy(bytes.as_ptr(), address as *mut u8, bytes.len()) };
     }

@@ -85,9 +85,16 @@ extern "sysv64" fn main(magic: u32, information: u32, cr0: u32) -> ! {
     match rom {
         Some(rom) => place::place(&mut machine, &rom),
         None if options.mode == options::Mode::Trap => {}
-        None => give_up(Ending::BadArguments, format_args!("{options} wants a ROM as second module")),
+        None => {
+            give_up(Ending::BadArguments, format_args!("{options} wants a ROM as second module"))
+        }
     }
-    line!("rom at {:#x}, {:#x} bytes; granted {:#x} bytes", machine.rom.guest, machine.rom.length, machine.grant.length);
+    line!(
+        "rom at {:#x}, {:#x} bytes; granted {:#x} bytes",
+        machine.rom.guest,
+        machine.rom.length,
+        machine.grant.length
+    );
     let kernel = machine.keep(kernel);
     let entry = loader::load(&machine, &loader, &kernel);
     guest::Guest::new(vmcb, machine, options, quirks, entry, cr0).run()

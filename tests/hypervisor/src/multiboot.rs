@@ -92,9 +92,14 @@ impl Loader {
         if information.flags & HAS_MEMORY_MAP == 0 {
             give_up(Ending::BadArguments, format_args!("the boot loader passes no memory map"));
         }
-        let mut loader =
-            Self { information, address: address.into(), map: [Range::default(); RANGES], ranges: 0 };
-        let (mut next, end) = (information.map, information.map.saturating_add(information.map_length));
+        let mut loader = Self {
+            information,
+            address: address.into(),
+            map: [Range::default(); RANGES],
+            ranges: 0,
+        };
+        let (mut next, end) =
+            (information.map, information.map.saturating_add(information.map_length));
         while next < end {
             if loader.ranges == RANGES {
                 give_up(
@@ -121,16 +126,18 @@ impl Loader {
 
     /// The modules.
     pub(crate) fn modules(&self) -> impl Iterator<Item = Module> + use<> {
-        let count =
-            if self.information.flags & HAS_MODULES == 0 { 0 } else { self.information.module_count };
+        let count = if self.information.flags & HAS_MODULES == 0 {
+            0
+        } else {
+            self.information.module_count
+        };
         let entries = self.information.modules as usize as *const ModuleEntry;
         (0..count as usize).map(move |index| {
             // SAFETY: the loader's promise.
             let entry = unsafe { &*entries.add(index) };
             let length = entry.end.saturating_sub(entry.start) as usize;
             // SAFETY: the same; the hypervisor's image lies elsewhere, and the guest's memory is not written yet.
-            let bytes =
-                unsafe { slice::from_raw_parts(entry.start as usize as *const u8, length) };
+            let bytes = unsafe { slice::from_raw_parts(entry.start as usize as *const u8, length) };
             Module { bytes, line: text(entry.line) }
         })
     }
@@ -146,11 +153,20 @@ impl Loader {
         let entries = u64::from(self.information.modules)
             + u64::from(self.information.module_count) * size_of::<ModuleEntry>() as u64;
         let map = u64::from(self.information.map) + u64::from(self.information.map_length);
-        let own = [self.address + size_of::<Information>() as u64, line(self.command_line()), entries, map];
+        let own = [
+            self.address + size_of::<Information>() as u64,
+            line(self.command_line()),
+            entries,
+            map,
+        ];
         let modules = self
             .modules()
             .flat_map(|module| [module.bytes.as_ptr_range().end as u64, line(module.line)]);
-        own.into_iter().chain(modules).filter(|last| (start..end).contains(last)).max().unwrap_or(start)
+        own.into_iter()
+            .chain(modules)
+            .filter(|last| (start..end).contains(last))
+            .max()
+            .unwrap_or(start)
     }
 }
 

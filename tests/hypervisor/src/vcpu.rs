@@ -5,8 +5,8 @@
 use crate::exceptions::{read_msr, write_msr};
 use crate::report::{EXIT_PORT, Ending, give_up};
 use crate::svm::{
-    Intercepts, SEGMENT_32_BIT, SVM_DISABLED, SVM_ENABLE, Segment, VM_CR, VM_HSAVE_PA, Vmcb, Zeroed,
-    clear_global_interrupt_flag, save_host,
+    Intercepts, SEGMENT_32_BIT, SVM_DISABLED, SVM_ENABLE, Segment, VM_CR, VM_HSAVE_PA, Vmcb,
+    Zeroed, clear_global_interrupt_flag, save_host,
 };
 use core::arch::x86_64::__cpuid;
 use vmi_hypervisor::walk::{CR0_PAGING, CR4_PAE};
@@ -86,8 +86,7 @@ pub(crate) fn initialize() -> &'static mut Vmcb {
     let efer = read_msr(IA32_EFER).unwrap_or_default();
     // SAFETY: SVM changes nothing but that its instructions exist; the area is a frame of its own.
     let accepted = unsafe {
-        write_msr(IA32_EFER, efer | SVM_ENABLE)
-            && write_msr(VM_HSAVE_PA, (&raw const SAVED) as u64)
+        write_msr(IA32_EFER, efer | SVM_ENABLE) && write_msr(VM_HSAVE_PA, (&raw const SAVED) as u64)
     };
     if !accepted {
         unfit("the processor refuses to turn on SVM");
