@@ -164,8 +164,11 @@ impl Guest {
         state.efer = self.own.efer | SVM_ENABLE | EFER_NO_EXECUTE;
         let control = &mut self.vmcb.control;
         control.cr_reads = 1 << 3;
+        control.cr_writes = 1 << 3 | 1 << 4;
         if state.cr0 != self.own.cr0.into() {
             control.cr_reads |= 1 << 0;
+            // What the guest sets may be what the processor has already: no change to it.
+            control.cr_writes |= 1 << 0;
         }
         if state.cr4 != self.own.cr4.into() {
             control.cr_reads |= 1 << 4;
@@ -173,6 +176,5 @@ impl Guest {
         if self.quirks.reads_share_cr0 {
             control.cr_reads |= 1 << 0;
         }
-        control.cr_writes = 1 << 3 | 1 << 4;
     }
 }
