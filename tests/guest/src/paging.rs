@@ -243,6 +243,12 @@ impl Space {
         self.store(self.entry(linear), self.make(address, bits));
     }
 
+    /// Maps a page of memory that nobody executes.
+    pub(crate) fn map_writable(self, linear: u32, address: u32) {
+        self.map(linear, address, WRITE | NO_EXECUTE);
+        processor::invlpg(linear);
+    }
+
     /// A present entry for a frame, as far as this mode and processor know the bits.
     pub(crate) fn make(self, address: u32, bits: u64) -> u64 {
         let known = match self.mode {

@@ -8,7 +8,7 @@
 use crate::boot::PAGE_OFFSET;
 use crate::client::Client;
 use crate::harness::{self, Context, Entry, FLAT, Outcome, Registers};
-use crate::paging::{self, ROM_AREA};
+use crate::paging::{self, PAGE, ROM_AREA, Space};
 use crate::{devices, processor, site};
 use core::mem::offset_of;
 use core::ops::Range;
@@ -16,6 +16,7 @@ use vmi_abi::calls::SLOTS_13;
 use vmi_abi::header::{LENGTH_UNIT, RomHeader, SLOT_SIZE, SLOT_TABLE_SIZE};
 use vmi_abi::probe::{Refusal, SCAN_AREA, SCAN_STEP, probe};
 use vmi_abi::{CallNumber, KEEP_SITE, RelocationInfo, RelocationType, Revision, slot};
+use vmi_hv_backend::reference::interface::{GRANT_OFFSET, GRANT_SIGNATURE, Grant};
 use x86::controlregs::Cr0;
 
 /// Where the image that is used lies.
@@ -139,6 +140,34 @@ impl Rom {
         unsafe { core::slice::from_raw_parts(start, self.length as usize) }
     }
 
+    /// Maps the memory that the ROM was granted, at the same distance behind each of the places where the image
+    /// is used. All other storage of the option-ROM area is read-only.
+    pub(crate) fn map_grant(&self, space: Space) {
+        let word = |offset: usize| {
+            let bytes = self.bytes().get(GRANT_OFFSET + offset..)?.first_chunk()?;
+            Some(u32::from_le_bytes(*bytes))
+        };
+        let [signature, wanted, distance] =
+            [offset_of!(Grant, signature), offset_of!(Grant, wanted), offset_of!(Grant, distance)]
+                .map(|offset| word(offset).unwrap_or(0));
+        if signature != GRANT_SIGNATURE || self.is_linked() {
+            return;
+        }
+        let images =
+            [PAGE_OFFSET + self.physical, self.alias(), (&raw const paging::ROM_COPY) as u32];
+        for offset in (distance..distance + wanted).step_by(PAGE as usize).filter(|_| distance != 0)
+        {
+            for image in images {
+                space.map_writable(image + offset, self.physical + offset);
+            }
+        }
+    }
+
+    /// Where the image is seen a second time.
+    fn alias(&self) -> u32 {
+        paging::ALIAS + self.physical - ROM_AREA.start
+    }
+
     /// The revision in its header.
     pub(crate) fn revision(&self) -> Revision {
         let header = |offset: usize| self.bytes()[offset];
@@ -154,10 +183,7 @@ impl Rom {
     pub(crate) fn at(self, place: Place) -> Option<Self> {
         match place {
             Place::Direct => Some(Self { base: PAGE_OFFSET + self.physical, place, ..self }),
-            Place::Alias => {
-                let alias = |offset| Self { base: paging::ALIAS + offset, place, ..self };
-                (!self.is_linked()).then(|| alias(self.physical - ROM_AREA.start))
-            }
+            Place::Alias => (!self.is_linked()).then(|| Self { base: self.alias(), place, ..self }),
             // Who has a table of pointers into the image does not copy it.
             Place::Patched if self.client != Client::CopiedSlots => None,
             Place::Copy | Place::Patched => {

@@ -107,9 +107,11 @@ pub(crate) extern "C" fn main() -> ! {
     }
 }
 
-/// The machine's ROM, or else what is linked into the guest.
-fn find(client: Client, passed_over: impl FnMut(u32, Refusal)) -> Rom {
-    Rom::find(client, passed_over).unwrap_or_else(|| Rom::linked(client))
+/// The machine's ROM, or else what is linked into the guest; `space` is the current one.
+fn find(client: Client, space: Space, passed_over: impl FnMut(u32, Refusal)) -> Rom {
+    let rom = Rom::find(client, passed_over).unwrap_or_else(|| Rom::linked(client));
+    rom.map_grant(space);
+    rom
 }
 
 fn first_start(client: Client) -> ! {
@@ -118,7 +120,7 @@ fn first_start(client: Client) -> ! {
     let mut report = Report::default();
     let space = Space::new(Mode::NonPae);
     space.activate();
-    let rom = find(client, |physical, refusal| {
+    let rom = find(client, space, |physical, refusal| {
         line!("# passed over: {physical:#x}: {refusal}");
     });
     let name = license(rom.bytes()).and_then(|text| core::str::from_utf8(text).ok()).unwrap_or("?");
@@ -158,7 +160,7 @@ fn first_start(client: Client) -> ! {
             line!("# the processor has no PAE");
             continue;
         }
-        let space = enter_mode(mode, space);
+        let space = enter_mode(mode, space, rom);
         for rom in rom::Place::ALL.into_iter().filter_map(|place| rom.at(place)) {
             test_rom(&mut report, space, index, rom);
         }
@@ -191,13 +193,14 @@ fn first_start(client: Client) -> ! {
 }
 
 /// The space of a mode, the current one; `space` is that of [`Mode::NonPae`].
-fn enter_mode(mode: Mode, space: Space) -> Space {
+fn enter_mode(mode: Mode, space: Space, rom: Rom) -> Space {
     if mode == Mode::NonPae {
         return space;
     }
     space.prepare_to_switch();
     let space = Space::new(mode);
     space.activate();
+    rom.map_grant(space);
     space
 }
 
@@ -212,7 +215,7 @@ fn run_in_each_mode(
         report::abandon(format_args!("only a kernel of revision 3.0 does this"))
     }
     for mode in MODES.into_iter().filter(|mode| *mode == Mode::NonPae || paging::has_pae()) {
-        run(&mut report, enter_mode(mode, space), rom);
+        run(&mut report, enter_mode(mode, space, rom), rom);
     }
     report.finish()
 }
@@ -366,12 +369,12 @@ fn started_again(client: Client, record: Record) -> ! {
     let mut report = Report::resumed(record.points, record.failures);
     let space = Space::new(Mode::NonPae);
     space.activate();
-    let rom = find(client, |_, _| ());
+    let rom = find(client, space, |_, _| ());
     let Some(call) = client.revision().call(record.number) else {
         report::abandon(format_args!("a call is recorded that there is not"))
     };
     if record.phase == SOFT_RESET {
-        return_to_mode(record.mode, space);
+        return_to_mode(record.mode, space, rom);
         test_reset(&report, rom, HARD_RESET);
     }
     let mode = MODES[(record.mode as usize).min(1)];
@@ -385,9 +388,9 @@ fn started_again(client: Client, record: Record) -> ! {
 }
 
 /// Reboot is asked for in the mode in which the suite ended.
-fn return_to_mode(mode: u32, space: Space) {
+fn return_to_mode(mode: u32, space: Space, rom: Rom) {
     if MODES[(mode as usize).min(1)] == Mode::Pae {
-        enter_mode(Mode::Pae, space);
+        enter_mode(Mode::Pae, space, rom);
     }
 }
 

@@ -358,6 +358,7 @@ pub(super) fn updates(trial: &mut Trial<'_>) {
     // Reserved bits.
     if mode == Mode::Pae {
         for bit in 20..31 {
+            trial.space.store(entry, 0);
             let update = raw(number::SetPxELong.0, entry, 0x10_0000 | 0x63, 1 << bit, 0);
             trial.update_refused(update, &[Status::BadValue, Status::Done]);
             processor::invlpg(TEST_AREA);

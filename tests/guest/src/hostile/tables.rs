@@ -60,8 +60,7 @@ fn allowed(space: Space, linear: u32) -> Allowed {
 
 /// What a read of memory may show.
 fn of_frame(address: u32) -> Allowed {
-    let is_foreign = HIDDEN.contains(&address) || NOTHING.contains(&address);
-    if is_foreign { Allowed::Nothing } else { Allowed::Anything }
+    if HIDDEN.contains(&address) { Allowed::Nothing } else { Allowed::Anything }
 }
 
 /// Stores to an address that may not be mapped: EAX address, EDX value; changes nothing else.
