@@ -9,7 +9,8 @@ use crate::link::Link;
 use crate::progress::Progress;
 use crate::toolchain::{Compiler, Findings, Linker, Need};
 use anyhow::{Context, Result, bail};
-use std::ffi::OsString;
+use object::{Object, ObjectSegment};
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -24,7 +25,10 @@ const TARGET: &str = "targets/i686-unknown-none.json";
 /// The target's name as Cargo derives it from the description's.
 const TARGET_NAME: &str = "i686-unknown-none";
 
-/// What is compiled for it.
+/// The hypervisor's target, one of the compiler's own: without SSE, whose registers belong to the guest.
+const LONG_MODE_TARGET: &str = "x86_64-unknown-none";
+
+/// What is compiled for the first.
 const BARE_PACKAGES: [&str; 10] = [
     "--package",
     "vmi-abi",
@@ -202,6 +206,57 @@ pub fn guest(tools: &Tools, links: &[Link]) -> Result<PathBuf> {
     Ok(path)
 }
 
+/// Where the reference hypervisor lands.
+#[must_use]
+pub fn hypervisor_path() -> PathBuf {
+    crate::workspace().join("target/hypervisor/vmi-hypervisor.bin")
+}
+
+/// Builds the reference hypervisor: a flat file for a multiboot loader, beside it the linked one for its symbols.
+///
+/// # Errors
+///
+/// It does not compile.
+pub fn hypervisor(tools: &Tools) -> Result<PathBuf> {
+    let path = hypervisor_path();
+    let progress = Progress::start(format!("building {}", shown(&path)));
+    let _lock = lock()?;
+    let mut cargo = long_mode_cargo(tools, "build");
+    cargo.args(["--release", "--package", "vmi-hypervisor"]);
+    run(&mut cargo, &progress)?;
+    let linked = read(&target_folder().join(LONG_MODE_TARGET).join("release/vmi-hypervisor"))?;
+    write(&path.with_extension("elf"), &linked)?;
+    write(&path, &flat(&linked).context("the linked hypervisor")?)?;
+    Ok(path)
+}
+
+/// The lints of the hypervisor on its own target, warnings denied. The compiler must have clippy.
+pub fn hypervisor_clippy(tools: &Tools) -> Command {
+    let mut cargo = long_mode_cargo(tools, "clippy");
+    prefer_own_subcommands(&mut cargo, tools);
+    cargo.args(["--package", "vmi-hypervisor", "--bin", "vmi-hypervisor", "--quiet", "--release"]);
+    cargo.args(["--", "--deny", "warnings"]);
+    cargo
+}
+
+/// A program's bytes as they lie in memory, from its first address to the last that the file has bytes for.
+fn flat(linked: &[u8]) -> Result<Vec<u8>> {
+    let file = object::File::parse(linked)?;
+    let segments: Vec<_> = file
+        .segments()
+        .map(|segment| Ok((segment.address(), segment.data()?)))
+        .collect::<Result<_, object::Error>>()?;
+    let segments = || segments.iter().filter(|(_, bytes)| !bytes.is_empty());
+    let start = segments().map(|(address, _)| *address).min().context("no segment has bytes")?;
+    let mut flat = Vec::new();
+    for (address, bytes) in segments() {
+        let offset = usize::try_from(address - start)?;
+        flat.resize(flat.len().max(offset + bytes.len()), 0);
+        flat[offset..offset + bytes.len()].copy_from_slice(bytes);
+    }
+    Ok(flat)
+}
+
 /// Builds a kernel for the bare machine, from a package whose build script hands the linker the objects that
 /// `VMI_NATIVE_OBJECTS` names.
 ///
@@ -222,14 +277,18 @@ pub(crate) fn kernel(tools: &Tools, package: &str, path: &Path, links: &[Link]) 
 /// The lints of image and guest on their own target, warnings denied. The compiler must have clippy.
 pub(crate) fn bare_clippy(tools: &Tools) -> Command {
     let mut cargo = inner_cargo(tools, "clippy");
-    // Cargo looks for its subcommands on the path, where another toolchain's may come first.
+    prefer_own_subcommands(&mut cargo, tools);
+    cargo.args(BARE_PACKAGES).args(["--quiet", "--release", "--", "--deny", "warnings"]);
+    cargo
+}
+
+/// Cargo looks for its subcommands on the path, where another toolchain's may come first.
+fn prefer_own_subcommands(cargo: &mut Command, tools: &Tools) {
     let own = tools.compiler.cargo.parent().map(Path::to_owned);
     let path = std::env::var_os("PATH").unwrap_or_default();
     if let Ok(path) = std::env::join_paths(own.into_iter().chain(std::env::split_paths(&path))) {
         cargo.env("PATH", path);
     }
-    cargo.args(BARE_PACKAGES).args(["--quiet", "--release", "--", "--deny", "warnings"]);
-    cargo
 }
 
 /// What the compiler alone warns of in image and guest; nothing if it has nothing to say.
@@ -299,12 +358,42 @@ fn lock() -> Result<fs::File> {
     step().with_context(|| format!("cannot lock {}", path.display()))
 }
 
-/// A Cargo that compiles for the bare machine; the caller says what.
+/// A Cargo that compiles for the bare 32-bit machine; the caller says what.
 pub(crate) fn inner_cargo(tools: &Tools, verb: &str) -> Command {
+    let mut flags = rust_flags(&tools.compiler, &crate::workspace());
+    // A jump table is a table of addresses, and somebody would have to relocate it.
+    flags.push("-Cjump-tables=no".to_owned());
+    let target = crate::workspace().join(TARGET);
+    let mut cargo =
+        bare_cargo(tools, verb, target.as_os_str(), TARGET_NAME, "core,compiler_builtins", &flags);
+    if tools.compiler.knows("json-target-spec") {
+        cargo.arg("-Zjson-target-spec");
+    }
+    cargo
+}
+
+/// A Cargo that compiles for the bare machine in long mode: programs that lie below 2 GiB and stay there.
+fn long_mode_cargo(tools: &Tools, verb: &str) -> Command {
+    let mut flags = rust_flags(&tools.compiler, &crate::workspace());
+    flags.extend(
+        ["-Crelocation-model=static", "-Ccode-model=small", "-Clinker-flavor=ld"].map(String::from),
+    );
+    let target = LONG_MODE_TARGET;
+    bare_cargo(tools, verb, target.as_ref(), target, "core,alloc,compiler_builtins", &flags)
+}
+
+/// A Cargo for one target, with a library of its own.
+fn bare_cargo(
+    tools: &Tools,
+    verb: &str,
+    target: &OsStr,
+    name: &str,
+    library: &str,
+    flags: &[String],
+) -> Command {
     let Tools { compiler, linker } = tools;
-    let top = crate::workspace();
     let mut cargo = Command::new(&compiler.cargo);
-    cargo.current_dir(&top);
+    cargo.current_dir(crate::workspace());
     for (name, _) in std::env::vars_os() {
         if is_foreign(&name) {
             cargo.env_remove(name);
@@ -314,23 +403,19 @@ pub(crate) fn inner_cargo(tools: &Tools, verb: &str) -> Command {
         .arg(verb)
         .arg("--locked")
         .arg("--target")
-        .arg(top.join(TARGET))
+        .arg(target)
         .arg("--target-dir")
         .arg(target_folder())
-        .arg("-Zbuild-std=core,compiler_builtins");
-    if compiler.knows("json-target-spec") {
-        cargo.arg("-Zjson-target-spec");
-    }
-    cargo
+        .arg(format!("-Zbuild-std={library}"))
         // `-Z` on a stable compiler. The flags are few, and each is tested by the image's own checks.
         .env("RUSTC_BOOTSTRAP", "1")
         .env("RUSTC", &compiler.rustc)
         // Empty, not absent: a wrapper in the user's configuration is left out too.
         .env("RUSTC_WRAPPER", "")
         .env("RUSTC_WORKSPACE_WRAPPER", "")
-        .env("CARGO_ENCODED_RUSTFLAGS", rust_flags(compiler, &top).join("\u{1f}"))
+        .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\u{1f}"))
         .env(
-            format!("CARGO_TARGET_{}_LINKER", TARGET_NAME.to_uppercase().replace('-', "_")),
+            format!("CARGO_TARGET_{}_LINKER", name.to_uppercase().replace('-', "_")),
             &linker.path,
         );
     cargo
@@ -352,10 +437,9 @@ fn is_foreign(name: &OsString) -> bool {
         || (starts(&["CARGO", "RUSTC", "RUSTFLAGS", "RUSTDOC"]) && !starts(&stays))
 }
 
-/// The flags for every crate of the image.
+/// The flags for every crate.
 fn rust_flags(compiler: &Compiler, top: &Path) -> Vec<String> {
-    // A jump table is a table of addresses, and somebody would have to relocate it.
-    let mut flags = vec!["-Cjump-tables=no".to_owned()];
+    let mut flags = Vec::new();
     // Where the trees lie on this machine is nobody's business, and must not change a byte.
     let cargo_home = std::env::var_os("CARGO_HOME")
         .map(PathBuf::from)
