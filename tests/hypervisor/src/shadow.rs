@@ -747,7 +747,6 @@ impl Shadow<'_> {
         self.slots[slot] = Slot { next: self.free, ..Slot::EMPTY };
         self.free = slot as u32;
         self.free_count += 1;
-        self.flush = true;
     }
 
     /// Clears the entries of a table that lead to another.

@@ -652,6 +652,8 @@ fn address_spaces_stay() {
             assert_eq!(world.faults(0, READ), 0, "still there");
         }
     }
+    world.apply([Update::SetCR3(3 * FRAME as u32)]);
+    assert!(world.shadow.take_flush(), "the same again");
     assert_eq!(world.faults(1 << 22, READ), 0);
     assert_eq!(world.shadow.shadowed, shadowed);
     assert_eq!(world.shadow.recycled, 0);
@@ -772,8 +774,11 @@ fn a_full_pool_begins_anew() {
     }
     assert_eq!(world.shadow.root(), root);
     let mut tiny = World::new(world.ram.clone(), world.registers, 3);
+    let _ = tiny.shadow.take_flush();
     for i in 0..64 {
+        let recycled = tiny.shadow.recycled;
         assert!(tiny.faults(i << 22, READ) <= 1);
+        assert_eq!(tiny.shadow.take_flush(), tiny.shadow.recycled != recycled);
     }
     assert!(tiny.shadow.recycled > 5);
     tiny.apply([frame_update(number::AllocatePage, 12)]);
