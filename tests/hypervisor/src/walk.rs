@@ -208,7 +208,8 @@ impl Mode {
             }
         }
         if level == Level::Pointers {
-            reserved |= WRITABLE | USER | ACCESSED | DIRTY | LARGE | GLOBAL;
+            // Bit 5 is reserved too, but QEMU sets it in the entries that it uses.
+            reserved |= WRITABLE | USER | DIRTY | LARGE | GLOBAL;
         }
         if self.is_large(level, entry) {
             reserved |= ((1 << self.shift(level)) - 1) & !(LARGE_ATTRIBUTE | 0xfff);
