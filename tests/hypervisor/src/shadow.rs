@@ -426,7 +426,10 @@ impl Shadow<'_> {
             [..] => Self::two_level_directory(registers, quarter),
         };
         let directory = self.find_or_make(memory, directory);
-        self.set(ROOT, quarter, self.table_address(directory) | PRESENT);
+        // QEMU sets the accessed bit here, which is no reason to set the entry again and to flush.
+        if self.child(ROOT, quarter) != Some(directory) {
+            self.set(ROOT, quarter, self.table_address(directory) | PRESENT);
+        }
         let mut table = None;
         for step in translation.steps() {
             match step.level {

@@ -721,6 +721,9 @@ fn the_tlb_is_flushed_when_an_entry_is_taken_away_and_not_when_one_comes() {
         assert!(!world.shadow.take_flush());
         assert_eq!(world.faults(page, WRITE), 1);
         assert!(!world.shadow.take_flush(), "more is allowed");
+        world.shadow.pool[ROOT].0[0] |= ACCESSED;
+        assert_eq!(world.faults(entry_of(pae, 8).1, READ), 1);
+        assert!(!world.shadow.take_flush(), "what the processor sets");
         world.set(pae, entry, (10 * FRAME) | USED);
         assert!(world.shadow.take_flush(), "another page");
         world.set(pae, entry, (10 * FRAME) | USED & !WRITABLE);
