@@ -7,6 +7,7 @@
 //!
 //! An entry is filled in when the guest needs it: [`Shadow::fault`]. There the guest's accessed and dirty bits are set as its
 //! processor would have, so an entry stands for one that was accessed, and allows stores only where the guest's is dirty.
+//! Those that are accessed already are filled in with their table.
 //!
 //! A guest's table that has a shadow is watched, unless it is announced: no shadow entry allows a store to it. A store is
 //! then emulated by the caller, who tells [`Shadow::written`]. A table that no other one leads to any more is not watched
@@ -679,9 +680,12 @@ impl Shadow<'_> {
                 }
             }
         }
-        if key.role == Role::Direct {
-            for index in 0..ENTRIES {
-                self.set_direct(memory, slot, index);
+        // All that needs no fault, at once.
+        for index in 0..ENTRIES {
+            match key.role {
+                Role::Directory | Role::Table => self.follow(memory, slot, index),
+                Role::Direct => self.set_direct(memory, slot, index),
+                Role::Other | Role::Identity => {}
             }
         }
         slot

@@ -634,6 +634,22 @@ fn a_told_entry_is_filled_in_if_it_was_accessed() {
 }
 
 #[test]
+fn accessed_entries_are_filled_in_with_their_table() {
+    for pae in [false, true] {
+        let mut world = world(pae);
+        let size = if pae { 8 } else { 4 };
+        for (page, flags) in [(8, USED), (9, USED & !DIRTY), (10, OPEN)] {
+            world.ram.put(2 * FRAME + page * size as u64, size, (page * FRAME) | flags);
+        }
+        assert_eq!(world.faults(entry_of(pae, 7).1, READ), 1);
+        assert_eq!(world.faults(entry_of(pae, 8).1, WRITE), 0);
+        assert_eq!(world.faults(entry_of(pae, 9).1, READ), 0);
+        assert_eq!(world.faults(entry_of(pae, 9).1, WRITE), 1);
+        assert_eq!(world.faults(entry_of(pae, 10).1, READ), 1);
+    }
+}
+
+#[test]
 fn address_spaces_stay() {
     let mut world = world(false);
     // A second root, in frame 3, with the same table and one of its own.
