@@ -335,6 +335,44 @@ fn a_buffer_lies_in_memory_with_all_its_bytes() {
     assert_eq!(guest.call(3, (DEVICE * FRAME) as u32 - 8, 8), stop);
 }
 
+/// Memory at each address, full of zeroes.
+struct Everywhere;
+
+impl Memory for Everywhere {
+    fn place(&self, frame: u64) -> Place {
+        Place::Memory(frame * FRAME)
+    }
+
+    fn read(&self, _: u64, _: usize) -> Option<u64> {
+        Some(0)
+    }
+
+    fn write(&self, _: u64, _: usize, _: u64) -> bool {
+        true
+    }
+}
+
+#[test]
+fn a_buffer_ends_at_4_gib_even_where_memory_does_not() {
+    let mut machine = Machine {
+        shadow: None,
+        registers: &mut registers(true, 0),
+        memory: &Everywhere,
+        is_hidden,
+        limit: BATCH_LIMIT,
+        counters: &mut { Counters::ZERO },
+    };
+    let mut call = |eax, ebx, ecx| machine.call(Call { eax, ebx, ecx, cpl: 0 });
+    let bad = Outcome::Return(Status::BadBuffer, 0);
+    let end = 0_u32.wrapping_sub(40);
+    assert_eq!(call(1, end, 2), Outcome::Return(Status::BadCall, 0), "read");
+    assert_eq!(call(1, end + 4, 2), bad);
+    assert_eq!(call(2, end, 40), Outcome::Return(Status::Done, 40));
+    assert_eq!(call(2, end, 48), bad);
+    assert_eq!(call(3, end, 40), Outcome::Stop { address: end, bytes: 40 });
+    assert_eq!(call(3, end, 41), bad);
+}
+
 #[test]
 fn a_limit_of_one_is_one() {
     let mut guest = Guest::new(false, false);

@@ -9,6 +9,7 @@ use crate::walk::{
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestCaseError};
+use std::collections::BTreeMap;
 use std::format;
 use std::string::ToString;
 use std::vec::Vec;
@@ -133,6 +134,9 @@ struct World {
     registers: Registers,
     shadow: Shadow<'static>,
     counters: Counters,
+    /// What the processor's TLB holds: for a page and an access to it, the machine's address and the global bit. Entries stay until
+    /// they fault or are flushed, so it is the largest TLB that there can be.
+    tlb: BTreeMap<(u32, u32), (u64, bool)>,
     hits: u32,
     faults: u32,
     watched_stores: u32,
@@ -143,7 +147,8 @@ impl World {
         let mut shadow = shadow(pool);
         shadow.load(&registers, &ram);
         let counters = Counters::ZERO;
-        Self { ram, registers, shadow, counters, hits: 0, faults: 0, watched_stores: 0 }
+        let tlb = BTreeMap::new();
+        Self { ram, registers, shadow, counters, tlb, hits: 0, faults: 0, watched_stores: 0 }
     }
 
     fn pointers(&self) -> Option<Vec<u8>> {
@@ -155,6 +160,24 @@ impl World {
             .then(|| self.ram.frame(root / FRAME)[start..start + 32].to_vec())
     }
 
+    /// What the processor makes of an address, with its TLB.
+    fn look_up(&mut self, linear: u32, access: Access) -> Result<(u64, bool), u32> {
+        if self.shadow.take_flush() {
+            self.tlb.clear();
+        }
+        let (page, offset) = (linear / FRAME as u32, u64::from(linear) % FRAME);
+        let key = (page, error_of(access));
+        if let Some(&(address, is_global)) = self.tlb.get(&key) {
+            return Ok((address | offset, is_global));
+        }
+        let found = walk(&self.shadow, linear, access);
+        match found {
+            Ok((address, is_global)) => _ = self.tlb.insert(key, (address & ADDRESS, is_global)),
+            Err(_) => self.tlb.retain(|&(cached, _), _| cached != page),
+        }
+        found
+    }
+
     /// Makes an access on the processor and compares all that comes of it with the guest's own translation.
     /// Answers where a store has to go, if anywhere.
     fn access(&mut self, linear: u32, access: Access) -> Result<Option<u64>, TestCaseError> {
@@ -162,7 +185,7 @@ impl World {
         let expected = translate(&self.registers, &reference, linear, access);
         let pointers = self.pointers();
         for _ in 0..8 {
-            match walk(&self.shadow, linear, access) {
+            match self.look_up(linear, access) {
                 Ok((address, is_global)) => {
                     let Ok(expected) = expected else {
                         return Err(TestCaseError::fail(format!("{expected:?}, but a hit")));
@@ -556,7 +579,40 @@ fn an_announced_table_that_changed_silently_is_read_at_inval_page() {
         world.apply([frame_update(number::InvalPage, page)]);
         assert_eq!(world.faults(page, READ), 100);
         assert!(world.shadow.take_flush());
+        world.ram.put(2 * FRAME + 9 * size as u64, size, (11 * FRAME) | USED);
+        let (entry, _) = entry_of(pae, 9);
+        world.apply([Update::UpdatePxE(entry, 0)]);
+        assert_eq!(world.faults(page, WRITE), 0, "told");
     }
+}
+
+#[test]
+fn an_announced_directory_that_changed_silently_is_read_at_inval_page() {
+    for pae in [false, true] {
+        let mut world = world(pae);
+        world.apply([frame_update(number::AllocatePage, 1)]);
+        assert_eq!(world.faults(0, READ), 1);
+        world.ram.put(FRAME, 4, 0);
+        assert!(walk(&world.shadow, 0, READ).is_ok(), "seen old");
+        world.apply([frame_update(number::InvalPage, 0)]);
+        assert_eq!(world.faults(0, READ), 100);
+    }
+}
+
+#[test]
+fn pointers_are_followed_when_they_are_told() {
+    let mut world = world(true);
+    // Another directory with the same table, in frame 3, and one without, in frame 4.
+    world.ram.put(3 * FRAME + 8, 8, (2 * FRAME) | OPEN);
+    assert_eq!(world.faults(0, READ), 1);
+    world.set(true, 8, (3 * FRAME) | PRESENT);
+    assert_eq!(world.faults((1 << 30) | (1 << 21), READ), 1);
+    assert_eq!(world.faults(1 << 30, READ), 100);
+    world.set(true, 8, FRAME | PRESENT);
+    assert_eq!(world.faults(1 << 30, READ), 0, "filled in at once");
+    assert_eq!(world.faults((1 << 30) | (1 << 21), READ), 100);
+    world.set(true, 8, (4 * FRAME) | PRESENT);
+    assert_eq!(world.faults(1 << 30, READ), 100);
 }
 
 #[test]
@@ -574,6 +630,22 @@ fn a_told_entry_is_filled_in_if_it_was_accessed() {
         assert_eq!(world.faults(page, READ), 1, "the accessed bit");
         world.set(pae, entry, 0);
         assert_eq!(world.faults(page, READ), 100);
+    }
+}
+
+#[test]
+fn accessed_entries_are_filled_in_with_their_table() {
+    for pae in [false, true] {
+        let mut world = world(pae);
+        let size = if pae { 8 } else { 4 };
+        for (page, flags) in [(8, USED), (9, USED & !DIRTY), (10, OPEN)] {
+            world.ram.put(2 * FRAME + page * size as u64, size, (page * FRAME) | flags);
+        }
+        assert_eq!(world.faults(entry_of(pae, 7).1, READ), 1);
+        assert_eq!(world.faults(entry_of(pae, 8).1, WRITE), 0);
+        assert_eq!(world.faults(entry_of(pae, 9).1, READ), 0);
+        assert_eq!(world.faults(entry_of(pae, 9).1, WRITE), 1);
+        assert_eq!(world.faults(entry_of(pae, 10).1, READ), 1);
     }
 }
 
@@ -596,6 +668,8 @@ fn address_spaces_stay() {
             assert_eq!(world.faults(0, READ), 0, "still there");
         }
     }
+    world.apply([Update::SetCR3(3 * FRAME as u32)]);
+    assert!(world.shadow.take_flush(), "the same again");
     assert_eq!(world.faults(1 << 22, READ), 0);
     assert_eq!(world.shadow.shadowed, shadowed);
     assert_eq!(world.shadow.recycled, 0);
@@ -663,6 +737,9 @@ fn the_tlb_is_flushed_when_an_entry_is_taken_away_and_not_when_one_comes() {
         assert!(!world.shadow.take_flush());
         assert_eq!(world.faults(page, WRITE), 1);
         assert!(!world.shadow.take_flush(), "more is allowed");
+        world.shadow.pool[ROOT].0[0] |= ACCESSED;
+        assert_eq!(world.faults(entry_of(pae, 8).1, READ), 1);
+        assert!(!world.shadow.take_flush(), "what the processor sets");
         world.set(pae, entry, (10 * FRAME) | USED);
         assert!(world.shadow.take_flush(), "another page");
         world.set(pae, entry, (10 * FRAME) | USED & !WRITABLE);
@@ -716,8 +793,17 @@ fn a_full_pool_begins_anew() {
     }
     assert_eq!(world.shadow.root(), root);
     let mut tiny = World::new(world.ram.clone(), world.registers, 3);
+    let _ = tiny.shadow.take_flush();
     for i in 0..64 {
+        let recycled = tiny.shadow.recycled;
         assert!(tiny.faults(i << 22, READ) <= 1);
+        assert_eq!(tiny.shadow.take_flush(), tiny.shadow.recycled != recycled);
     }
     assert!(tiny.shadow.recycled > 5);
+    tiny.apply([frame_update(number::AllocatePage, 12)]);
+    let recycled = tiny.shadow.recycled;
+    for i in 0..8 {
+        assert!(tiny.faults(i << 22, READ) <= 1);
+    }
+    assert!(tiny.shadow.recycled > recycled && tiny.shadow.is_announced(12));
 }
