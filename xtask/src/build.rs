@@ -9,7 +9,8 @@ use crate::link::Link;
 use crate::progress::Progress;
 use crate::toolchain::{Compiler, Findings, Linker, Need};
 use anyhow::{Context, Result, bail};
-use std::ffi::OsString;
+use object::{Object, ObjectSegment};
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -24,8 +25,11 @@ const TARGET: &str = "targets/i686-unknown-none.json";
 /// The target's name as Cargo derives it from the description's.
 const TARGET_NAME: &str = "i686-unknown-none";
 
-/// What is compiled for it.
-const BARE_PACKAGES: [&str; 14] = [
+/// The hypervisor's target, one of the compiler's own: without SSE, whose registers belong to the guest.
+const LONG_MODE_TARGET: &str = "x86_64-unknown-none";
+
+/// What is compiled for the first.
+const BARE_PACKAGES: [&str; 10] = [
     "--package",
     "vmi-abi",
     "--package",
@@ -33,13 +37,9 @@ const BARE_PACKAGES: [&str; 14] = [
     "--package",
     "vmi-native-backend",
     "--package",
-    "vmi-hv-backend",
-    "--package",
     "vmi-guest",
     "--package",
     "vmi-example-kernel",
-    "--features",
-    "vmi-rom/reference",
 ];
 
 /// Two addresses that have few bits in common: the second is where Linux sees an option ROM.
@@ -90,8 +90,6 @@ pub struct Rom {
 pub enum Form {
     /// Revision 3.0, with these answers.
     Lookup(Bind),
-    /// Revision 3.0 as [`Bind::Rewrite`], with the backend for the reference hypervisor beside the native one.
-    Reference,
     /// Revision 3.0 with every routine, for a kernel to link: see [`crate::link`].
     Linked,
     /// Revision 13.0: slots.
@@ -105,7 +103,7 @@ impl Form {
     #[must_use]
     pub const fn revision(self) -> Revision {
         match self {
-            Self::Lookup(_) | Self::Reference | Self::Linked => REVISION_3_0,
+            Self::Lookup(_) | Self::Linked => REVISION_3_0,
             Self::Slots13_0 => REVISION_13_0,
             Self::Slots13_3 => REVISION_13_3,
         }
@@ -118,7 +116,6 @@ impl Form {
             Self::Lookup(Bind::Rewrite) => "vmi-native",
             Self::Lookup(Bind::Fastest) => "vmi-native-fastest",
             Self::Lookup(Bind::Call) => "vmi-native-call",
-            Self::Reference => "vmi-reference",
             Self::Linked => "vmi-native-linked",
             Self::Slots13_0 => "vmi-13.0-native",
             Self::Slots13_3 => "vmi-13.3-native",
@@ -131,7 +128,6 @@ impl Form {
             Self::Lookup(Bind::Rewrite) => Some("rewrite-sites"),
             Self::Lookup(Bind::Fastest) => None,
             Self::Lookup(Bind::Call) => Some("bind-call"),
-            Self::Reference => Some("reference"),
             Self::Linked => Some("linked"),
             Self::Slots13_0 => Some("revision-13-0"),
             Self::Slots13_3 => Some("revision-13-3"),
@@ -141,11 +137,7 @@ impl Form {
     /// The most bytes that it may have. Guests copy the slots, and run the copy: all must be in it.
     #[must_use]
     pub const fn limit(self) -> usize {
-        match self {
-            Self::Slots13_0 | Self::Slots13_3 => SLOT_TABLE_SIZE,
-            Self::Reference => image::REFERENCE_LIMIT,
-            Self::Lookup(_) | Self::Linked => image::NATIVE_LIMIT,
-        }
+        if self.revision().has_slots() { SLOT_TABLE_SIZE } else { image::NATIVE_LIMIT }
     }
 
     /// Where the image lands.
@@ -220,60 +212,49 @@ pub fn hypervisor_path() -> PathBuf {
     crate::workspace().join("target/hypervisor/vmi-hypervisor.bin")
 }
 
-/// Builds the reference hypervisor.
+/// Builds the reference hypervisor: a flat file for a multiboot loader, beside it the linked one for its symbols.
 ///
 /// # Errors
 ///
 /// It does not compile.
 pub fn hypervisor(tools: &Tools) -> Result<PathBuf> {
-    const HOST: &str = "x86_64-unknown-none";
     let path = hypervisor_path();
     let progress = Progress::start(format!("building {}", shown(&path)));
     let _lock = lock()?;
-    let Tools { compiler, linker } = tools;
-    let folder = crate::workspace().join("target/hypervisor-build");
-    let mut cargo = Command::new(&compiler.cargo);
-    cargo.current_dir(crate::workspace());
-    for (name, _) in std::env::vars_os().filter(|(name, _)| is_foreign(name)) {
-        cargo.env_remove(name);
-    }
-    cargo
-        .args(["build", "--locked", "--release", "--package", "vmi-hypervisor"])
-        .args(["--target", HOST, "-Zbuild-std=core,alloc,compiler_builtins", "--target-dir"])
-        .arg(&folder)
-        .env("RUSTC_BOOTSTRAP", "1")
-        .env("RUSTC", &compiler.rustc)
-        .env("RUSTC_WRAPPER", "")
-        .env("RUSTC_WORKSPACE_WRAPPER", "")
-        .env(
-            "CARGO_ENCODED_RUSTFLAGS",
-            ["-Crelocation-model=static", "-Ccode-model=small", "-Clinker-flavor=ld"]
-                .join("\u{1f}"),
-        )
-        .env("CARGO_TARGET_X86_64_UNKNOWN_NONE_LINKER", &linker.path);
+    let mut cargo = long_mode_cargo(tools, "build");
+    cargo.args(["--release", "--package", "vmi-hypervisor"]);
     run(&mut cargo, &progress)?;
-    // A multiboot loader takes no 64-bit ELF file: the segments as they lie in memory, behind a header that says where.
-    write(&path, &segments(&read(&folder.join(HOST).join("release/vmi-hypervisor"))?)?)?;
+    let linked = read(&target_folder().join(LONG_MODE_TARGET).join("release/vmi-hypervisor"))?;
+    write(&path.with_extension("elf"), &linked)?;
+    write(&path, &flat(&linked).context("the linked hypervisor")?)?;
     Ok(path)
 }
 
-/// What a linked file loads, from its first byte in memory to its last in the file.
-fn segments(linked: &[u8]) -> Result<Vec<u8>> {
-    use object::{Object, ObjectSegment};
+/// The lints of the hypervisor on its own target, warnings denied. The compiler must have clippy.
+pub fn hypervisor_clippy(tools: &Tools) -> Command {
+    let mut cargo = long_mode_cargo(tools, "clippy");
+    prefer_own_subcommands(&mut cargo, tools);
+    cargo.args(["--package", "vmi-hypervisor", "--bin", "vmi-hypervisor", "--quiet", "--release"]);
+    cargo.args(["--", "--deny", "warnings"]);
+    cargo
+}
+
+/// A program's bytes as they lie in memory, from its first address to the last that the file has bytes for.
+fn flat(linked: &[u8]) -> Result<Vec<u8>> {
     let file = object::File::parse(linked)?;
-    let mut segments = Vec::new();
-    for segment in file.segments() {
-        segments.push((segment.address(), segment.data()?));
+    let segments: Vec<_> = file
+        .segments()
+        .map(|segment| Ok((segment.address(), segment.data()?)))
+        .collect::<Result<_, object::Error>>()?;
+    let segments = || segments.iter().filter(|(_, bytes)| !bytes.is_empty());
+    let start = segments().map(|(address, _)| *address).min().context("no segment has bytes")?;
+    let mut flat = Vec::new();
+    for (address, bytes) in segments() {
+        let offset = usize::try_from(address - start)?;
+        flat.resize(flat.len().max(offset + bytes.len()), 0);
+        flat[offset..offset + bytes.len()].copy_from_slice(bytes);
     }
-    segments.retain(|(_, bytes)| !bytes.is_empty());
-    segments.sort_by_key(|(address, _)| *address);
-    let start = segments.first().map(|(address, _)| *address).context("nothing is loaded")?;
-    let mut image = Vec::new();
-    for (address, bytes) in segments {
-        image.resize(usize::try_from(address - start)?, 0);
-        image.extend(bytes);
-    }
-    Ok(image)
+    Ok(flat)
 }
 
 /// Builds a kernel for the bare machine, from a package whose build script hands the linker the objects that
@@ -296,14 +277,18 @@ pub(crate) fn kernel(tools: &Tools, package: &str, path: &Path, links: &[Link]) 
 /// The lints of image and guest on their own target, warnings denied. The compiler must have clippy.
 pub(crate) fn bare_clippy(tools: &Tools) -> Command {
     let mut cargo = inner_cargo(tools, "clippy");
-    // Cargo looks for its subcommands on the path, where another toolchain's may come first.
+    prefer_own_subcommands(&mut cargo, tools);
+    cargo.args(BARE_PACKAGES).args(["--quiet", "--release", "--", "--deny", "warnings"]);
+    cargo
+}
+
+/// Cargo looks for its subcommands on the path, where another toolchain's may come first.
+fn prefer_own_subcommands(cargo: &mut Command, tools: &Tools) {
     let own = tools.compiler.cargo.parent().map(Path::to_owned);
     let path = std::env::var_os("PATH").unwrap_or_default();
     if let Ok(path) = std::env::join_paths(own.into_iter().chain(std::env::split_paths(&path))) {
         cargo.env("PATH", path);
     }
-    cargo.args(BARE_PACKAGES).args(["--quiet", "--release", "--", "--deny", "warnings"]);
-    cargo
 }
 
 /// What the compiler alone warns of in image and guest; nothing if it has nothing to say.
@@ -373,12 +358,42 @@ fn lock() -> Result<fs::File> {
     step().with_context(|| format!("cannot lock {}", path.display()))
 }
 
-/// A Cargo that compiles for the bare machine; the caller says what.
+/// A Cargo that compiles for the bare 32-bit machine; the caller says what.
 pub(crate) fn inner_cargo(tools: &Tools, verb: &str) -> Command {
+    let mut flags = rust_flags(&tools.compiler, &crate::workspace());
+    // A jump table is a table of addresses, and somebody would have to relocate it.
+    flags.push("-Cjump-tables=no".to_owned());
+    let target = crate::workspace().join(TARGET);
+    let mut cargo =
+        bare_cargo(tools, verb, target.as_os_str(), TARGET_NAME, "core,compiler_builtins", &flags);
+    if tools.compiler.knows("json-target-spec") {
+        cargo.arg("-Zjson-target-spec");
+    }
+    cargo
+}
+
+/// A Cargo that compiles for the bare machine in long mode: programs that lie below 2 GiB and stay there.
+fn long_mode_cargo(tools: &Tools, verb: &str) -> Command {
+    let mut flags = rust_flags(&tools.compiler, &crate::workspace());
+    flags.extend(
+        ["-Crelocation-model=static", "-Ccode-model=small", "-Clinker-flavor=ld"].map(String::from),
+    );
+    let target = LONG_MODE_TARGET;
+    bare_cargo(tools, verb, target.as_ref(), target, "core,alloc,compiler_builtins", &flags)
+}
+
+/// A Cargo for one target, with a library of its own.
+fn bare_cargo(
+    tools: &Tools,
+    verb: &str,
+    target: &OsStr,
+    name: &str,
+    library: &str,
+    flags: &[String],
+) -> Command {
     let Tools { compiler, linker } = tools;
-    let top = crate::workspace();
     let mut cargo = Command::new(&compiler.cargo);
-    cargo.current_dir(&top);
+    cargo.current_dir(crate::workspace());
     for (name, _) in std::env::vars_os() {
         if is_foreign(&name) {
             cargo.env_remove(name);
@@ -388,23 +403,19 @@ pub(crate) fn inner_cargo(tools: &Tools, verb: &str) -> Command {
         .arg(verb)
         .arg("--locked")
         .arg("--target")
-        .arg(top.join(TARGET))
+        .arg(target)
         .arg("--target-dir")
         .arg(target_folder())
-        .arg("-Zbuild-std=core,compiler_builtins");
-    if compiler.knows("json-target-spec") {
-        cargo.arg("-Zjson-target-spec");
-    }
-    cargo
+        .arg(format!("-Zbuild-std={library}"))
         // `-Z` on a stable compiler. The flags are few, and each is tested by the image's own checks.
         .env("RUSTC_BOOTSTRAP", "1")
         .env("RUSTC", &compiler.rustc)
         // Empty, not absent: a wrapper in the user's configuration is left out too.
         .env("RUSTC_WRAPPER", "")
         .env("RUSTC_WORKSPACE_WRAPPER", "")
-        .env("CARGO_ENCODED_RUSTFLAGS", rust_flags(compiler, &top).join("\u{1f}"))
+        .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\u{1f}"))
         .env(
-            format!("CARGO_TARGET_{}_LINKER", TARGET_NAME.to_uppercase().replace('-', "_")),
+            format!("CARGO_TARGET_{}_LINKER", name.to_uppercase().replace('-', "_")),
             &linker.path,
         );
     cargo
@@ -426,10 +437,9 @@ fn is_foreign(name: &OsString) -> bool {
         || (starts(&["CARGO", "RUSTC", "RUSTFLAGS", "RUSTDOC"]) && !starts(&stays))
 }
 
-/// The flags for every crate of the image.
+/// The flags for every crate.
 fn rust_flags(compiler: &Compiler, top: &Path) -> Vec<String> {
-    // A jump table is a table of addresses, and somebody would have to relocate it.
-    let mut flags = vec!["-Cjump-tables=no".to_owned()];
+    let mut flags = Vec::new();
     // Where the trees lie on this machine is nobody's business, and must not change a byte.
     let cargo_home = std::env::var_os("CARGO_HOME")
         .map(PathBuf::from)

@@ -10,7 +10,7 @@ use crate::options::{Options, Paging};
 use crate::report::{self, Ending};
 use crate::svm::{
     EVENT_EXCEPTION, EVENT_HAS_CODE, EVENT_INTERRUPT, EVENT_NMI, EVENT_VALID, FLUSH_ALL,
-    Intercepts, NESTED_PAGING, RAX, RSP, Registers, SEGMENT_32_BIT, SVM_ENABLE, Vmcb, enter,
+    Intercepts, NESTED_PAGING, RAX, RBX, RSP, Registers, SEGMENT_32_BIT, SVM_ENABLE, Vmcb, enter,
 };
 use crate::{nested, vcpu};
 use core::arch::x86_64::{__cpuid, _rdtsc};
@@ -66,6 +66,7 @@ pub(crate) struct Guest {
     pub(crate) quirks: Quirks,
     pub(crate) counters: Counters,
     started: u64,
+    exited: u64,
     /// The TLB is to be flushed before the guest goes on.
     pub(crate) flush: bool,
 }
@@ -77,92 +78,100 @@ fn ticks() -> u64 {
 }
 
 impl Guest {
-    /// A guest that begins at an entry, with the CR0 that the boot loader left.
+    /// A guest on a machine.
     pub(crate) fn new(
         vmcb: &'static mut Vmcb,
-        mut machine: Machine,
+        machine: Machine,
         options: Options,
         quirks: Quirks,
-        entry: Entry,
-        cr0: u32,
     ) -> Self {
         let width = (__cpuid(ADDRESS_SIZES).eax as u8).clamp(32, 52);
-        let own = walk::Registers { cr0, cr3: 0, cr4: 0, efer: 0, width };
         vcpu::reset(vmcb);
-        vmcb.state.cr0 = cr0.into();
-        vmcb.state.rip = entry.eip.into();
-        let shadow = match options.paging {
-            Paging::Nested => {
-                vmcb.control.nested_enable = NESTED_PAGING;
-                vmcb.control.nested_cr3 = nested::tables(&mut machine);
-                vmcb.control.set_intercepts(vcpu::ALWAYS);
-                None
-            }
-            Paging::Shadow => {
-                vmcb.control.set_intercepts(
-                    vcpu::ALWAYS
-                        | Intercepts::CR0_SELECTIVE
-                        | Intercepts::INVLPG
-                        | Intercepts::TASK_SWITCH,
-                );
-                let pool = machine.take::<Page>(POOL);
-                let base = pool.as_ptr() as u64;
-                let frames = (machine.top() / FRAME) as usize;
-                let mut shadow = Shadow::new(Storage {
-                    pool,
-                    base,
-                    slots: machine.take::<Slot>(POOL),
-                    frames: machine.take::<Frame>(frames),
-                    ones: machine.ones,
-                });
-                vcpu::page(vmcb, shadow.root());
-                shadow.load(&own, &machine);
-                Some(shadow)
-            }
-        };
-        let mut registers = Registers::default();
-        registers[RAX] = entry.eax.into();
-        registers[crate::svm::RBX] = entry.ebx.into();
-        let mut guest = Self {
+        Self {
             vmcb,
-            registers,
+            registers: Registers::default(),
             machine,
-            own,
-            shadow,
+            own: walk::Registers { cr0: 0, cr3: 0, cr4: 0, efer: 0, width },
+            shadow: None,
             options,
             quirks,
             counters: Counters::ZERO,
             started: ticks(),
+            exited: ticks(),
             flush: true,
-        };
-        guest.follow_own();
-        line!("the guest starts at {:#x}; {} MiB are left", entry.eip, guest.machine.left() >> 20);
-        guest
+        }
     }
 
-    /// Runs it to its end.
-    pub(crate) fn run(mut self) -> ! {
+    /// Runs it from an entry to its end, with the CR0 that the boot loader left.
+    pub(crate) fn run(mut self, entry: Entry, cr0: u32) -> ! {
+        self.own = walk::Registers { cr0, cr3: 0, cr4: 0, efer: 0, ..self.own };
+        self.vmcb.state.cr0 = cr0.into();
+        self.vmcb.state.rip = entry.eip.into();
+        match self.options.paging {
+            Paging::Nested => self.nest(),
+            Paging::Shadow => self.shade(),
+        }
+        self.registers = Registers::default();
+        self.registers[RAX] = entry.eax.into();
+        self.registers[RBX] = entry.ebx.into();
+        let left = self.machine.left() >> 20;
+        line!("the guest starts at {:#x}; {left} MiB are left", entry.eip);
+        self.counters = Counters::ZERO;
         self.started = ticks();
-        let mut exited = self.started;
+        self.exited = self.started;
         loop {
-            let flush = core::mem::take(&mut self.flush)
-                | self.shadow.as_mut().is_some_and(Shadow::take_flush);
-            self.vmcb.control.tlb_control = if flush { FLUSH_ALL } else { 0 };
-            self.vmcb.state.rax = self.registers[RAX];
-            self.vmcb.state.rsp = self.registers[RSP];
-            self.counters.host_ticks += ticks().wrapping_sub(exited);
-            // SAFETY: the block is complete; what its tables lead to is the guest's.
-            unsafe {
-                enter(&mut self.registers, vcpu::address(self.vmcb), vcpu::host_area());
-            }
-            exited = ticks();
-            self.registers[RAX] = self.vmcb.state.rax;
-            self.registers[RSP] = self.vmcb.state.rsp;
-            self.vmcb.control.event_injection = 0;
-            self.read_own();
+            self.enter();
             self.handle();
             self.resume_event();
         }
+    }
+
+    /// Sets up nested paging, which needs next to no exits.
+    pub(crate) fn nest(&mut self) {
+        let control = &mut self.vmcb.control;
+        control.nested_enable = NESTED_PAGING;
+        control.nested_cr3 = nested::tables(&mut self.machine);
+        control.set_intercepts(vcpu::ALWAYS);
+        self.flush = true;
+    }
+
+    /// Sets up shadow paging.
+    fn shade(&mut self) {
+        self.vmcb.control.set_intercepts(
+            vcpu::ALWAYS | Intercepts::CR0_SELECTIVE | Intercepts::INVLPG | Intercepts::TASK_SWITCH,
+        );
+        let machine = &mut self.machine;
+        let pool = machine.take::<Page>(POOL);
+        let base = pool.as_ptr() as u64;
+        let frames = (machine.top() / FRAME) as usize;
+        let mut shadow = Shadow::new(Storage {
+            pool,
+            base,
+            slots: machine.take::<Slot>(POOL),
+            frames: machine.take::<Frame>(frames),
+            ones: machine.ones,
+        });
+        vcpu::page(self.vmcb, shadow.root());
+        shadow.load(&self.own, machine);
+        self.shadow = Some(shadow);
+        self.follow_own();
+    }
+
+    /// Runs the guest up to its next exit.
+    pub(crate) fn enter(&mut self) {
+        let behind = self.shadow.as_mut().is_some_and(Shadow::take_flush);
+        let flush = core::mem::take(&mut self.flush) || behind;
+        self.vmcb.control.tlb_control = if flush { FLUSH_ALL } else { 0 };
+        self.vmcb.state.rax = self.registers[RAX];
+        self.vmcb.state.rsp = self.registers[RSP];
+        self.counters.host_ticks += ticks().wrapping_sub(self.exited);
+        // SAFETY: the block is complete; what its tables lead to is the guest's.
+        unsafe { enter(&mut self.registers, vcpu::address(self.vmcb), vcpu::host_area()) };
+        self.exited = ticks();
+        self.registers[RAX] = self.vmcb.state.rax;
+        self.registers[RSP] = self.vmcb.state.rsp;
+        self.vmcb.control.event_injection = 0;
+        self.read_own();
     }
 
     /// What the guest did to its control registers without an exit.
@@ -283,7 +292,7 @@ impl Guest {
     /// What was being delivered when the exit came is delivered now, unless something else has to be.
     ///
     /// INT, INT3 and INTO are executed again instead. QEMU calls interrupts of devices exceptions.
-    fn resume_event(&mut self) {
+    pub(crate) fn resume_event(&mut self) {
         let event = self.vmcb.control.exit_interrupt;
         if event & EVENT_VALID == 0 || self.vmcb.control.event_injection != 0 {
             return;

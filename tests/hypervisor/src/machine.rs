@@ -41,6 +41,10 @@ pub(crate) struct Machine {
     next: u64,
     /// Where the guest sees its ROM, and behind it what that was granted.
     pub(crate) rom: Window,
+    /// The bytes that the image says it has.
+    pub(crate) rom_length: u64,
+    /// During POST.
+    pub(crate) rom_is_writable: bool,
     pub(crate) grant: Window,
     /// A page of ones.
     pub(crate) ones: u64,
@@ -74,6 +78,8 @@ impl Machine {
             count,
             next: used.next_multiple_of(FRAME),
             rom: Window::default(),
+            rom_length: 0,
+            rom_is_writable: false,
             grant: Window::default(),
             ones: 0,
         };
@@ -170,7 +176,7 @@ impl Memory for Machine {
     fn place(&self, frame: u64) -> Place {
         let Some(address) = frame.checked_mul(FRAME) else { return Place::Nothing };
         if let Some(address) = self.rom.find(address) {
-            Place::ReadOnly(address)
+            if self.rom_is_writable { Place::Memory(address) } else { Place::ReadOnly(address) }
         } else if let Some(address) = self.grant.find(address) {
             Place::Memory(address)
         } else if OWN.contains(&address) || address >= END {

@@ -9,7 +9,7 @@
 //! - [`svm`], [`vcpu`], [`canary`]: the processor's side,
 //! - [`guest`]: the guest's registers and memory, and how it goes on after an exit,
 //! - [`exits`], [`control`], [`cpuid`], [`msr`], [`ports`]: what an exit needs,
-//! - [`nested`]: tables for nested paging,
+//! - [`post`]: the ROM's entry; [`nested`]: tables for nested paging,
 //! - [`report`]: the end.
 
 #![cfg_attr(target_os = "none", no_std, no_main)]
@@ -48,6 +48,8 @@ mod options;
 mod place;
 #[cfg(target_os = "none")]
 mod ports;
+#[cfg(target_os = "none")]
+mod post;
 #[cfg(target_os = "none")]
 mod report;
 #[cfg(target_os = "none")]
@@ -89,15 +91,20 @@ extern "sysv64" fn main(magic: u32, information: u32, cr0: u32) -> ! {
             give_up(Ending::BadArguments, format_args!("{options} wants a ROM as second module"))
         }
     }
-    line!(
-        "rom at {:#x}, {:#x} bytes; granted {:#x} bytes",
-        machine.rom.guest,
-        machine.rom.length,
-        machine.grant.length
-    );
     let kernel = machine.keep(kernel);
-    let entry = loader::load(&machine, &loader, &kernel);
-    guest::Guest::new(vmcb, machine, options, quirks, entry, cr0).run()
+    let mut guest = guest::Guest::new(vmcb, machine, options, quirks);
+    if rom.is_some() {
+        let (rom, grant) = (guest.machine.rom, guest.machine.grant);
+        line!(
+            "ROM at {:#x}, {:#x} bytes; granted {:#x} bytes",
+            rom.guest,
+            rom.length,
+            grant.length
+        );
+        guest.run_post();
+    }
+    let entry = loader::load(&guest.machine, &loader, &kernel);
+    guest.run(entry, cr0)
 }
 
 #[cfg(not(target_os = "none"))]

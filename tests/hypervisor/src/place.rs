@@ -67,6 +67,7 @@ pub(crate) fn place(machine: &mut Machine, module: &Module) {
         let memory = machine.take::<u8>(granted as usize).as_ptr() as u64;
         machine.grant = Window { guest: start + room, machine: memory, length: granted };
     }
+    machine.rom_length = length as u64;
     machine.rom = Window { guest: start, machine: image_address, length: room };
 }
 

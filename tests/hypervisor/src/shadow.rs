@@ -7,6 +7,7 @@
 //!
 //! An entry is filled in when the guest needs it: [`Shadow::fault`]. There the guest's accessed and dirty bits are set as its
 //! processor would have, so an entry stands for one that was accessed, and allows stores only where the guest's is dirty.
+//! Those that are accessed already are filled in with their table.
 //!
 //! A guest's table that has a shadow is watched, unless it is announced: no shadow entry allows a store to it. A store is
 //! then emulated by the caller, who tells [`Shadow::written`]. A table that no other one leads to any more is not watched
@@ -426,7 +427,10 @@ impl Shadow<'_> {
             [..] => Self::two_level_directory(registers, quarter),
         };
         let directory = self.find_or_make(memory, directory);
-        self.set(ROOT, quarter, self.table_address(directory) | PRESENT);
+        // QEMU sets the accessed bit here, which is no reason to set the entry again and to flush.
+        if self.child(ROOT, quarter) != Some(directory) {
+            self.set(ROOT, quarter, self.table_address(directory) | PRESENT);
+        }
         let mut table = None;
         for step in translation.steps() {
             match step.level {
@@ -676,9 +680,12 @@ impl Shadow<'_> {
                 }
             }
         }
-        if key.role == Role::Direct {
-            for index in 0..ENTRIES {
-                self.set_direct(memory, slot, index);
+        // All that needs no fault, at once.
+        for index in 0..ENTRIES {
+            match key.role {
+                Role::Directory | Role::Table => self.follow(memory, slot, index),
+                Role::Direct => self.set_direct(memory, slot, index),
+                Role::Other | Role::Identity => {}
             }
         }
         slot
@@ -747,7 +754,6 @@ impl Shadow<'_> {
         self.slots[slot] = Slot { next: self.free, ..Slot::EMPTY };
         self.free = slot as u32;
         self.free_count += 1;
-        self.flush = true;
     }
 
     /// Clears the entries of a table that lead to another.

@@ -121,7 +121,7 @@ pub(crate) fn walk(shadow: &Shadow<'_>, linear: u32, access: Access) -> Result<(
             return Err(error_of(access));
         }
         if level == 0 {
-            assert_eq!(entry & !ADDRESS, PRESENT, "bits of a PDPTE");
+            assert_eq!(entry & !ADDRESS & !ACCESSED, PRESENT, "bits of a PDPTE");
         } else {
             assert_eq!(entry & !ADDRESS & !NO_EXECUTE & !0xfff, 0, "reserved bits");
             assert!(entry & ACCESSED != 0, "the processor stores nothing here");

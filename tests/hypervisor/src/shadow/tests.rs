@@ -634,6 +634,22 @@ fn a_told_entry_is_filled_in_if_it_was_accessed() {
 }
 
 #[test]
+fn accessed_entries_are_filled_in_with_their_table() {
+    for pae in [false, true] {
+        let mut world = world(pae);
+        let size = if pae { 8 } else { 4 };
+        for (page, flags) in [(8, USED), (9, USED & !DIRTY), (10, OPEN)] {
+            world.ram.put(2 * FRAME + page * size as u64, size, (page * FRAME) | flags);
+        }
+        assert_eq!(world.faults(entry_of(pae, 7).1, READ), 1);
+        assert_eq!(world.faults(entry_of(pae, 8).1, WRITE), 0);
+        assert_eq!(world.faults(entry_of(pae, 9).1, READ), 0);
+        assert_eq!(world.faults(entry_of(pae, 9).1, WRITE), 1);
+        assert_eq!(world.faults(entry_of(pae, 10).1, READ), 1);
+    }
+}
+
+#[test]
 fn address_spaces_stay() {
     let mut world = world(false);
     // A second root, in frame 3, with the same table and one of its own.
@@ -652,6 +668,8 @@ fn address_spaces_stay() {
             assert_eq!(world.faults(0, READ), 0, "still there");
         }
     }
+    world.apply([Update::SetCR3(3 * FRAME as u32)]);
+    assert!(world.shadow.take_flush(), "the same again");
     assert_eq!(world.faults(1 << 22, READ), 0);
     assert_eq!(world.shadow.shadowed, shadowed);
     assert_eq!(world.shadow.recycled, 0);
@@ -719,6 +737,9 @@ fn the_tlb_is_flushed_when_an_entry_is_taken_away_and_not_when_one_comes() {
         assert!(!world.shadow.take_flush());
         assert_eq!(world.faults(page, WRITE), 1);
         assert!(!world.shadow.take_flush(), "more is allowed");
+        world.shadow.pool[ROOT].0[0] |= ACCESSED;
+        assert_eq!(world.faults(entry_of(pae, 8).1, READ), 1);
+        assert!(!world.shadow.take_flush(), "what the processor sets");
         world.set(pae, entry, (10 * FRAME) | USED);
         assert!(world.shadow.take_flush(), "another page");
         world.set(pae, entry, (10 * FRAME) | USED & !WRITABLE);
@@ -772,8 +793,11 @@ fn a_full_pool_begins_anew() {
     }
     assert_eq!(world.shadow.root(), root);
     let mut tiny = World::new(world.ram.clone(), world.registers, 3);
+    let _ = tiny.shadow.take_flush();
     for i in 0..64 {
+        let recycled = tiny.shadow.recycled;
         assert!(tiny.faults(i << 22, READ) <= 1);
+        assert_eq!(tiny.shadow.take_flush(), tiny.shadow.recycled != recycled);
     }
     assert!(tiny.shadow.recycled > 5);
     tiny.apply([frame_update(number::AllocatePage, 12)]);
