@@ -100,14 +100,18 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
     /// Takes an update. When this returns it is visible, or it may wait and does.
     #[inline]
     pub fn submit(&self, backend: &impl Backend, update: Update) {
-        self.submit_or(backend, update, || self.drain(backend));
+        self.uninterrupted(backend, || {
+            self.submit_uninterrupted(backend, update, || self.drain(backend));
+        });
     }
 
-    /// [`Queue::submit`] for the frequent case: it is compiled for each call by itself, and has one way for all that may
-    /// wait. Where something has to go over it calls `flush`, which does [`Queue::flush`] in the caller's own way.
+    /// [`Queue::submit`] where interrupts are off already. Where something has to go over it calls `flush`, which does
+    /// [`Queue::flush`] in the caller's own way.
+    ///
+    /// This is the frequent case: it is compiled for each call by itself, and has one way for all that may wait.
     #[inline(always)]
-    pub fn submit_or(&self, backend: &impl Backend, update: Update, flush: impl Fn()) {
-        let mask = self.begin(backend);
+    pub fn submit_uninterrupted(&self, backend: &impl Backend, update: Update, flush: impl Fn()) {
+        let _ = backend;
         let may_wait = || {
             let wrongly = faulty!(InvalPageWaits if update.call == number::InvalPage);
             update.may_wait(self.lazy_mode()) || wrongly || faulty!(EverythingWaits)
@@ -121,7 +125,6 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
         if !may_wait() || is_full && !faulty!(FullQueueDrops) {
             flush();
         }
-        self.end(backend, mask);
     }
 
     /// Makes everything visible that waits.
@@ -194,6 +197,7 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
     }
 
     /// Runs a section that no interrupt of this processor divides.
+    #[inline(always)]
     fn uninterrupted<R>(&self, backend: &impl Backend, section: impl FnOnce() -> R) -> R {
         let mask = self.begin(backend);
         let result = section();

@@ -132,14 +132,14 @@ unsafe fn chosen() -> (&'static Transport, &'static Queue<{ BATCH_LIMIT as usize
     }
 }
 
-/// Hands an update to the queue.
+/// Hands an update to the queue. Interrupts are off.
 #[inline(always)]
 fn submit(update: Update) {
     // SAFETY: `get_reloc` gives an entry away only when a backend is chosen.
     let (transport, queue) = unsafe { chosen() };
-    // Before each call the compiler would find the global offset table, of which there is none.
-    // SAFETY: `flush` is entered as it wants to be: without arguments, on an aligned stack or not.
-    queue.submit_or(transport, update, || unsafe {
+    // Before a call of its own the compiler would find the global offset table, of which there is none.
+    // SAFETY: `flush` takes no arguments, and keeps what this declares.
+    queue.submit_uninterrupted(transport, update, || unsafe {
         asm!("call {}", sym flush, clobber_abi("fastcall"));
     });
 }
@@ -172,62 +172,63 @@ macro_rules! entries {
     )* };
 }
 
-entries! {
+/// Defines entries of calls that are updates: before the section with interrupts off what may fault, in it what brings the
+/// arguments to their places, and the function that makes an update of them.
+macro_rules! updates {
+    ($(
+        $(#[$attribute:meta])*
+        $name:ident { $($before:literal)?; $($assembly:literal),+ } $function:ident($($argument:ident),*) $update:block
+    )*) => { entries! { $(
+        $(#[$attribute])*
+        $name { $($before,)? "pushfl", "cli", $($assembly,)+ "call {function}", "popfl", "retl" }
+        $function($($argument),*) { submit($update) }
+    )* } };
+}
+
+updates! {
     /// EAX value, EDX entry, ECX flags.
-    SetPxE { "pushl %eax", "call {function}", "retl" }
-    set_entry(flags, entry, value) {
-        submit(Update::SetPxE(value, entry, Reference::entry_flags(flags)));
-    }
+    ///
+    /// An entry that is not mapped is a page fault of the guest's, here and not when the update's turn comes. So below.
+    SetPxE { "testb %al, (%edx)"; "pushl %eax" }
+    set_entry(flags, entry, value) { Update::SetPxE(value, entry, Reference::entry_flags(flags)) }
 
     /// EDX:EAX value, ECX entry, stack flags.
-    SetPxELong { "pushl 4(%esp)", "pushl %eax", "call {function}", "retl" }
+    SetPxELong { "testb %al, (%ecx)"; "pushl 8(%esp)", "pushl %eax" }
     set_long_entry(entry, high, low, flags) {
         let value = u64::from(high) << 32 | u64::from(low);
-        submit(Update::SetPxELong(value, entry, Reference::entry_flags(flags)));
+        Update::SetPxELong(value, entry, Reference::entry_flags(flags))
     }
 
     /// EAX entry, EDX flags.
-    UpdatePxE { "movl %eax, %ecx", "jmp {function}" }
-    update_entry(entry, flags) {
-        submit(Update::UpdatePxE(entry, Reference::entry_flags(flags)));
-    }
+    UpdatePxE { "testb %al, (%eax)"; "movl %eax, %ecx" }
+    update_entry(entry, flags) { Update::UpdatePxE(entry, Reference::entry_flags(flags)) }
 
     /// EAX entry, EDX flags.
-    UpdatePxELong { "movl %eax, %ecx", "jmp {function}" }
-    update_long_entry(entry, flags) {
-        submit(Update::UpdatePxELong(entry, Reference::entry_flags(flags)));
-    }
+    UpdatePxELong { "testb %al, (%eax)"; "movl %eax, %ecx" }
+    update_long_entry(entry, flags) { Update::UpdatePxELong(entry, Reference::entry_flags(flags)) }
 
     /// EAX frame, EDX flags, ECX source of a clone, on the stack where and how many: the guest has copied them.
-    AllocatePage { "movl %eax, %ecx", "jmp {function}" }
-    allocate_page(frame, flags) {
-        submit(Update::AllocatePage(frame, flags));
-    }
+    AllocatePage { ; "movl %eax, %ecx" }
+    allocate_page(frame, flags) { Update::AllocatePage(frame, flags) }
 
     /// EAX frame, EDX flags.
-    ReleasePage { "movl %eax, %ecx", "jmp {function}" }
-    release_page(frame, flags) {
-        submit(Update::ReleasePage(frame, flags));
-    }
+    ReleasePage { ; "movl %eax, %ecx" }
+    release_page(frame, flags) { Update::ReleasePage(frame, flags) }
 
     /// EAX linear address.
-    InvalPage { "movl %eax, %ecx", "jmp {function}" }
-    invalidate(address) {
-        submit(Update::InvalPage(address));
-    }
+    InvalPage { ; "movl %eax, %ecx" }
+    invalidate(address) { Update::InvalPage(address) }
 
     /// EAX flags.
-    FlushTLB { "movl %eax, %ecx", "jmp {function}" }
-    flush_translations(flags) {
-        submit(Update::FlushTLB(flags));
-    }
+    FlushTLB { ; "movl %eax, %ecx" }
+    flush_translations(flags) { Update::FlushTLB(flags) }
 
     /// EAX value.
-    SetCR3 { "movl %eax, %ecx", "jmp {function}" }
-    set_cr3(value) {
-        submit(Update::SetCR3(value));
-    }
+    SetCR3 { ; "movl %eax, %ecx" }
+    set_cr3(value) { Update::SetCR3(value) }
+}
 
+entries! {
     /// EAX mode.
     SetLazyMode { "movl %eax, %ecx", "jmp {function}" }
     set_lazy_mode(mode) {
@@ -249,6 +250,12 @@ entries! {
     set_cr4(value) {
         // SAFETY: as above.
         flushed(|| unsafe { asm!("movl {}, %cr4", in(reg) value, options(att_syntax)) });
+    }
+
+    /// Does not return: what cannot be masked (an NMI) finds the processor halted again.
+    Shutdown { "call {function}", "cli", "2: hlt", "jmp 2b" }
+    before_shutdown() {
+        flushed(|| ());
     }
 
     /// -> EAX.
@@ -297,7 +304,7 @@ macro_rules! endings {
     )* };
 }
 
-endings! { Halt Shutdown Reboot }
+endings! { Halt Reboot }
 
 extern "fastcall" fn flush() {
     flushed(|| ());

@@ -35,6 +35,9 @@ const ALIASES: [u32; 2] = [0, 0xc000_0000];
 /// The granted memory.
 const PAGE: u32 = 0xd_4000;
 
+/// A page table: the entries that are set lie in it.
+const TABLE: u32 = 0xc000_1000;
+
 /// The debug console of Bochs and of QEMU's `-debugcon`.
 const DEBUG_PORT: u16 = 0xe9;
 
@@ -180,7 +183,7 @@ impl Guest {
     }
 
     fn set_entry(&mut self, place: u32) -> Result<Outcome> {
-        self.done(number::SetPxE, [0x1067 + place, 0xc000_1000 + 4 * place, 1], &[])
+        self.done(number::SetPxE, [0x1067 + place, TABLE + 4 * place, 1], &[])
     }
 
     fn lazy(&mut self, mode: LazyMode) -> Result<Outcome> {
@@ -227,8 +230,9 @@ impl Guest {
         }
         let page =
             Region { name: "grant", base: alias + PAGE, bytes: self.page.clone(), writable: true };
+        let table = Region { name: "table", base: TABLE, bytes: vec![0; 4096], writable: true };
         let code = Code::new(&self.image, 10_000_000);
-        let memory = Memory::new(&self.image, alias + IMAGE, vec![stack, page]);
+        let memory = Memory::new(&self.image, alias + IMAGE, vec![stack, page, table]);
         let mut machine = Machine::new(&code, memory, registers, random);
         machine.flat = vec![0x60, 0x68, 0x7b];
         machine.stack_top = STACK_ENTRY + 4 + 4 * words.len() as u32;
@@ -434,10 +438,10 @@ fn an_update_that_waits_is_short() -> Result<()> {
 
     // They lie in the page in their order, and the last one that fits takes all along.
     let wanted: Vec<Update> = (0..BATCH_LIMIT)
-        .map(|place| Update::SetPxE(0x1067 + place, 0xc000_1000 + 4 * place, 1))
+        .map(|place| Update::SetPxE(0x1067 + place, TABLE + 4 * place, 1))
         .collect();
     let first: Vec<u8> =
-        [38, 0xc000_1000, 0x1067, 0, 1_u32].iter().flat_map(|word| word.to_le_bytes()).collect();
+        [38, TABLE, 0x1067, 0, 1_u32].iter().flat_map(|word| word.to_le_bytes()).collect();
     let at = guest.page.windows(20).position(|bytes| bytes == first).context("not in the page")?;
     let queue: Vec<Update> = guest.page[at..].chunks_exact(20).map(update).collect();
     assert_eq!(queue[..127], wanted[..127]);
@@ -451,12 +455,12 @@ fn an_update_that_waits_is_short() -> Result<()> {
     for (call, arguments, words, wanted) in [
         (
             number::SetPxELong,
-            [0x1067, 7, 0xc000_1008],
+            [0x1067, 7, TABLE + 0x08],
             &[1][..],
-            Update::SetPxELong(0x7_0000_1067, 0xc000_1008, 1),
+            Update::SetPxELong(0x7_0000_1067, TABLE + 0x08, 1),
         ),
-        (number::UpdatePxE, [0xc000_1010, 1, 9], &[], Update::UpdatePxE(0xc000_1010, 1)),
-        (number::UpdatePxELong, [0xc000_1018, 2, 9], &[], Update::UpdatePxELong(0xc000_1018, 2)),
+        (number::UpdatePxE, [TABLE + 0x10, 1, 9], &[], Update::UpdatePxE(TABLE + 0x10, 1)),
+        (number::UpdatePxELong, [TABLE + 0x18, 2, 9], &[], Update::UpdatePxELong(TABLE + 0x18, 2)),
     ] {
         let outcome = guest.done(call, arguments, words)?;
         println!("call {} that waits: {} instructions", call.0, outcome.instructions);
@@ -494,8 +498,7 @@ fn what_may_not_wait_goes_over_with_what_waits() -> Result<()> {
         guest.set_entry(1)?;
         assert!(guest.batches().is_empty());
         let outcome = guest.done(call, [eax, edx, ecx], words)?;
-        let waiting =
-            (0..2).map(|place| Update::SetPxE(0x1067 + place, 0xc000_1000 + 4 * place, 1));
+        let waiting = (0..2).map(|place| Update::SetPxE(0x1067 + place, TABLE + 4 * place, 1));
         assert_eq!(guest.batches(), [waiting.chain(wanted).collect::<Vec<_>>()], "call {}", call.0);
         let result = outcome.registers.get(Register::EAX);
         match call {
@@ -537,8 +540,8 @@ fn outside_of_the_lazy_modes_and_without_batches_nothing_waits() -> Result<()> {
     {
         let mut guest = Guest::new(features)?;
         guest.lazy(mode)?;
-        guest.done(number::SetPxE, [0x1067, 0xc000_1000, defer], &[])?;
-        assert_eq!(guest.batches(), [[Update::SetPxE(0x1067, 0xc000_1000, 1)]], "{features:?}");
+        guest.done(number::SetPxE, [0x1067, TABLE, defer], &[])?;
+        assert_eq!(guest.batches(), [[Update::SetPxE(0x1067, TABLE, 1)]], "{features:?}");
     }
     Ok(())
 }
@@ -561,7 +564,7 @@ fn a_refusal_is_tried_again_or_stops_the_guest() -> Result<()> {
             Status::Busy => |_, _| (Status::Busy as i32, 0),
             _ => |_, _| (Status::BadAddress as i32, 0),
         };
-        let outcome = guest.call(ALIASES[1], number::SetPxE, [0x1067, 0xc000_1018, 1], &[])?;
+        let outcome = guest.call(ALIASES[1], number::SetPxE, [0x1067, TABLE + 0x18, 1], &[])?;
         assert_eq!(outcome.stop, Stop::Halted);
         let last = guest.made.pop().context("no last words")?;
         let text = format!("VMI ROM: SetPxE at C0001018: {}", status.text());
