@@ -29,7 +29,7 @@ const TARGET_NAME: &str = "i686-unknown-none";
 const LONG_MODE_TARGET: &str = "x86_64-unknown-none";
 
 /// What is compiled for the first.
-const BARE_PACKAGES: [&str; 10] = [
+const BARE_PACKAGES: [&str; 14] = [
     "--package",
     "vmi-abi",
     "--package",
@@ -37,9 +37,13 @@ const BARE_PACKAGES: [&str; 10] = [
     "--package",
     "vmi-native-backend",
     "--package",
+    "vmi-hv-backend",
+    "--package",
     "vmi-guest",
     "--package",
     "vmi-example-kernel",
+    "--features",
+    "vmi-rom/reference",
 ];
 
 /// Two addresses that have few bits in common: the second is where Linux sees an option ROM.
@@ -90,6 +94,8 @@ pub struct Rom {
 pub enum Form {
     /// Revision 3.0, with these answers.
     Lookup(Bind),
+    /// Revision 3.0 as [`Bind::Rewrite`], with the backend for the reference hypervisor beside the native one.
+    Reference,
     /// Revision 3.0 with every routine, for a kernel to link: see [`crate::link`].
     Linked,
     /// Revision 13.0: slots.
@@ -103,7 +109,7 @@ impl Form {
     #[must_use]
     pub const fn revision(self) -> Revision {
         match self {
-            Self::Lookup(_) | Self::Linked => REVISION_3_0,
+            Self::Lookup(_) | Self::Reference | Self::Linked => REVISION_3_0,
             Self::Slots13_0 => REVISION_13_0,
             Self::Slots13_3 => REVISION_13_3,
         }
@@ -116,6 +122,7 @@ impl Form {
             Self::Lookup(Bind::Rewrite) => "vmi-native",
             Self::Lookup(Bind::Fastest) => "vmi-native-fastest",
             Self::Lookup(Bind::Call) => "vmi-native-call",
+            Self::Reference => "vmi-reference",
             Self::Linked => "vmi-native-linked",
             Self::Slots13_0 => "vmi-13.0-native",
             Self::Slots13_3 => "vmi-13.3-native",
@@ -128,6 +135,7 @@ impl Form {
             Self::Lookup(Bind::Rewrite) => Some("rewrite-sites"),
             Self::Lookup(Bind::Fastest) => None,
             Self::Lookup(Bind::Call) => Some("bind-call"),
+            Self::Reference => Some("reference"),
             Self::Linked => Some("linked"),
             Self::Slots13_0 => Some("revision-13-0"),
             Self::Slots13_3 => Some("revision-13-3"),
@@ -137,7 +145,11 @@ impl Form {
     /// The most bytes that it may have. Guests copy the slots, and run the copy: all must be in it.
     #[must_use]
     pub const fn limit(self) -> usize {
-        if self.revision().has_slots() { SLOT_TABLE_SIZE } else { image::NATIVE_LIMIT }
+        match self {
+            Self::Slots13_0 | Self::Slots13_3 => SLOT_TABLE_SIZE,
+            Self::Reference => image::REFERENCE_LIMIT,
+            Self::Lookup(_) | Self::Linked => image::NATIVE_LIMIT,
+        }
     }
 
     /// Where the image lands.

@@ -49,13 +49,16 @@ fn allowed(space: Space, linear: u32) -> Allowed {
         return of_frame((directory as u32 & !(span - 1)) + (linear & (span - 1)));
     }
     let table = directory as u32 & !(PAGE - 1);
-    match of_frame(table) {
-        Allowed::Anything if table < DIRECT => {}
-        Allowed::Nothing if space.mode == Mode::NonPae => return Allowed::TableOfOnes,
-        other => return other,
+    let ones = if space.mode == Mode::NonPae { Allowed::TableOfOnes } else { Allowed::Nothing };
+    if table >= DIRECT {
+        let is_foreign = HIDDEN.contains(&table) || NOTHING.contains(&table);
+        return if is_foreign { ones } else { Allowed::Anything };
     }
     let entry = space.load(space.entry(linear));
-    if entry & PRESENT == 0 { Allowed::Nothing } else { of_frame(entry as u32 & !(PAGE - 1)) }
+    let own =
+        if entry & PRESENT == 0 { Allowed::Nothing } else { of_frame(entry as u32 & !(PAGE - 1)) };
+    // A processor walks what a device holds; a hypervisor need not look there, and finds ones.
+    if DEVICE.contains(&table) && own == Allowed::Nothing { ones } else { own }
 }
 
 /// What a read of memory may show.
