@@ -18,6 +18,9 @@ const STORE: u64 = 1 << 1;
 impl Guest {
     /// Does what the last exit was for.
     pub(crate) fn handle(&mut self) {
+        if self.vmcb.control.exit_code != code::PAGE_FAULT {
+            self.take_back();
+        }
         match self.vmcb.control.exit_code {
             code::PAGE_FAULT => self.page_fault(),
             code::NESTED_PAGE_FAULT => self.nested_page_fault(),
@@ -81,13 +84,13 @@ impl Guest {
                 self.counters.guest_page_faults += 1;
                 self.fault(linear, error);
             }
-            Resolution::TableWrite { .. } => {
+            Resolution::TableWrite { physical } => {
                 self.counters.table_writes += 1;
-                self.carry_out();
+                self.carry_out(Some(physical / FRAME));
             }
             Resolution::Dropped { .. } => {
                 self.counters.other_exits += 1;
-                self.carry_out();
+                self.carry_out(None);
             }
         }
     }
@@ -98,7 +101,7 @@ impl Guest {
         let control = &self.vmcb.control;
         let (error, physical) = (control.exit_info_1, control.exit_info_2);
         match self.machine.place(physical / FRAME) {
-            Place::ReadOnly(_) | Place::Nothing if error & STORE != 0 => self.carry_out(),
+            Place::ReadOnly(_) | Place::Nothing if error & STORE != 0 => self.carry_out(None),
             place => self.fail(
                 Ending::Unsupported,
                 format_args!("no translation of {physical:#x}, error code {error:#x}, {place:?}"),

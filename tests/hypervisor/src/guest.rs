@@ -4,6 +4,7 @@
 
 use crate::canary::Quirks;
 use crate::console::line;
+use crate::lend::Lent;
 use crate::loader::Entry;
 use crate::machine::{Machine, OWN};
 use crate::options::{Options, Paging};
@@ -39,13 +40,13 @@ const RESUME: u64 = 1 << 16;
 const SINGLE_STEP: u64 = 1 << 14;
 
 /// Vectors.
-pub(crate) const DEBUG: u8 = 1;
+const DEBUG: u8 = 1;
 pub(crate) const INVALID_OPCODE: u8 = 6;
 const BREAKPOINT: u8 = 3;
 const OVERFLOW: u8 = 4;
 const DOUBLE_FAULT: u8 = 8;
 pub(crate) const GENERAL_PROTECTION: u8 = 13;
-pub(crate) const PAGE_FAULT: u8 = 14;
+const PAGE_FAULT: u8 = 14;
 
 /// The first vector that is no exception.
 const FIRST_INTERRUPT: u8 = 32;
@@ -67,6 +68,8 @@ pub(crate) struct Guest {
     pub(crate) counters: Counters,
     started: u64,
     exited: u64,
+    /// Page tables that it may store to for a while.
+    pub(crate) lent: Lent,
     /// The TLB is to be flushed before the guest goes on.
     pub(crate) flush: bool,
 }
@@ -98,6 +101,7 @@ impl Guest {
             counters: Counters::ZERO,
             started: ticks(),
             exited: ticks(),
+            lent: Lent::default(),
             flush: true,
         }
     }
@@ -307,8 +311,20 @@ impl Guest {
         self.vmcb.control.event_injection = event & !(7 << 8) | kind << 8;
     }
 
-    /// Carries out the instruction at which a store was caught, and lets the shadow follow.
-    pub(crate) fn carry_out(&mut self) {
+    /// Carries out the instruction at which a store was caught, and lets the shadow follow. `table`: the watched page table that it
+    /// would store to, if it is one.
+    pub(crate) fn carry_out(&mut self, table: Option<u64>) {
+        if self.vmcb.control.exit_interrupt & EVENT_VALID != 0 {
+            // It is no instruction that stores.
+            match table {
+                Some(frame) => self.lend(frame),
+                None => self.fail(
+                    Ending::Unsupported,
+                    format_args!("an interrupt or exception whose stack goes nowhere"),
+                ),
+            }
+            return;
+        }
         let instruction = self.decode();
         let mut state = self.state();
         let mut bus =
@@ -329,13 +345,16 @@ impl Guest {
                 });
             }
             Err(emulate::Stop::PageFault { linear, error }) => self.fault(linear, error),
-            Err(emulate::Stop::Unknown) => self.fail(
-                Ending::Unsupported,
-                format_args!(
-                    "a store to memory that is watched by an instruction that is not known: {:?}",
-                    instruction.code()
+            Err(emulate::Stop::Unknown) => match table {
+                Some(frame) => self.lend(frame),
+                None => self.fail(
+                    Ending::Unsupported,
+                    format_args!(
+                        "a store that goes nowhere by an instruction that is not known: {:?}",
+                        instruction.code()
+                    ),
                 ),
-            ),
+            },
         }
     }
 

@@ -8,7 +8,7 @@
 //! - [`machine`], [`loader`], [`place`]: memory, the guest in it, the ROM in it,
 //! - [`svm`], [`vcpu`], [`canary`]: the processor's side,
 //! - [`guest`]: the guest's registers and memory, and how it goes on after an exit,
-//! - [`exits`], [`control`], [`cpuid`], [`msr`], [`ports`]: what an exit needs,
+//! - [`exits`], [`control`], [`cpuid`], [`msr`], [`ports`], [`lend`]: what an exit needs,
 //! - [`post`]: the ROM's entry; [`nested`]: tables for nested paging,
 //! - [`report`]: the end.
 
@@ -32,6 +32,8 @@ mod exits;
 mod guest;
 #[cfg(target_os = "none")]
 mod heap;
+#[cfg(target_os = "none")]
+mod lend;
 #[cfg(target_os = "none")]
 mod loader;
 #[cfg(target_os = "none")]
