@@ -93,6 +93,14 @@ pub(crate) fn write(arguments: fmt::Arguments<'_>) {
     }
 }
 
+/// Ends the line that the guest may be in the middle of.
+pub(crate) fn break_line() {
+    if has_serial() {
+        while input(COM1 + LINE_STATUS) & TRANSMITTER_EMPTY == 0 {}
+        output(COM1, b'\n');
+    }
+}
+
 /// Waits until all that was written has left the port.
 pub(crate) fn drain() {
     while has_serial() && input(COM1 + LINE_STATUS) & TRANSMITTER_IDLE == 0 {}

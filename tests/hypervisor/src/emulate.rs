@@ -2,6 +2,9 @@
 //!
 //! Segments are taken to be flat but for their bases: their limits and types are not checked again.
 
+#[cfg(test)]
+mod tests;
+
 use crate::walk::Access;
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
@@ -453,7 +456,7 @@ fn of_result(value: u64, size: usize) -> u32 {
     if value >> (8 * size - 1) & 1 != 0 {
         flags |= SIGN;
     }
-    if (value as u8).count_ones() % 2 == 0 {
+    if (value as u8).count_ones().is_multiple_of(2) {
         flags |= PARITY;
     }
     flags

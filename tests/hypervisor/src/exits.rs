@@ -1,6 +1,6 @@
 //! What each exit needs. Each is counted once, by whoever knows what it was.
 
-use crate::console::line;
+use crate::console::{break_line, line};
 use crate::guest::{Guest, INVALID_OPCODE};
 use crate::report::{Ending, exit};
 use crate::svm::{RAX, RBX, RCX, RDX, exit as code};
@@ -121,7 +121,7 @@ impl Guest {
 
     fn hypercall(&mut self) {
         let instruction = self.decode();
-        self.count_ticks();
+        self.counters = self.counters_now();
         let call = Call {
             eax: self.register(RAX),
             ebx: self.register(RBX),
@@ -152,8 +152,9 @@ impl Guest {
                 self.advance(&instruction);
             }
             Outcome::Stop { address, bytes } => {
-                self.conclude(format_args!("the guest asks to be stopped"));
+                break_line();
                 self.show(address, bytes);
+                self.conclude(format_args!("the guest asks to be stopped"));
                 exit(Ending::Stopped)
             }
         }

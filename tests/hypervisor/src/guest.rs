@@ -3,7 +3,7 @@
 #![expect(unsafe_code, reason = "UNSAFETY: entering the guest, its devices' memory")]
 
 use crate::canary::Quirks;
-use crate::console::line;
+use crate::console::{break_line, line};
 use crate::lend::Lent;
 use crate::loader::Entry;
 use crate::machine::{Machine, OWN};
@@ -181,7 +181,13 @@ impl Guest {
     /// What the guest did to its control registers without an exit.
     fn read_own(&mut self) {
         let state = &self.vmcb.state;
-        if self.shadow.is_some() {
+        if let Some(shadow) = &self.shadow {
+            if state.cr3 != shadow.root() {
+                self.fail(
+                    Ending::Unsupported,
+                    format_args!("CR3 was loaded without an exit, as task switches by hardware do"),
+                );
+            }
             self.own.cr0 =
                 self.own.cr0 & !crate::control::FREE | state.cr0 as u32 & crate::control::FREE;
         } else {
@@ -370,22 +376,23 @@ impl Guest {
     }
 
     /// The counters as they are now.
-    pub(crate) fn count_ticks(&mut self) {
-        self.counters.ticks = ticks().wrapping_sub(self.started);
-        if let Some(shadow) = &self.shadow {
-            self.counters.shadowed = shadow.shadowed;
+    pub(crate) fn counters_now(&self) -> Counters {
+        Counters {
+            ticks: ticks().wrapping_sub(self.started),
+            shadowed: self.shadow.as_ref().map_or(0, |shadow| shadow.shadowed),
+            ..self.counters
         }
     }
 
     /// Says what the guest cost.
-    pub(crate) fn conclude(&mut self, reason: fmt::Arguments<'_>) {
-        self.count_ticks();
+    pub(crate) fn conclude(&self, reason: fmt::Arguments<'_>) {
         line!("{reason}");
-        report::counters(&self.counters);
+        report::counters(&self.counters_now());
     }
 
     /// Ends the guest, which did not end itself.
     pub(crate) fn fail(&self, ending: Ending, reason: fmt::Arguments<'_>) -> ! {
+        break_line();
         line!("{reason}");
         report::registers(&self.vmcb.state, &self.registers);
         if self.shadow.is_some() {
@@ -406,9 +413,7 @@ impl Guest {
             control.exit_info_2,
             control.exit_interrupt
         );
-        let mut counters = self.counters;
-        counters.ticks = ticks().wrapping_sub(self.started);
-        report::counters(&counters);
+        report::counters(&self.counters_now());
         report::exit(ending)
     }
 }

@@ -69,7 +69,7 @@ impl Machine {
         if !usable[..count].iter().any(own) {
             give_up(
                 Ending::UnfitMachine,
-                format_args!("the machine has too little memory: 384 MiB, better 512, are needed"),
+                format_args!("the machine has too little memory: more than 384 MiB are needed"),
             );
         }
         let used = loader.end_within(OWN.start, OWN.end).max(boot::end_of_image());

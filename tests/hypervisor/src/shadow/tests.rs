@@ -775,6 +775,38 @@ fn without_wp_a_page_is_ring_0_s_or_ring_3_s() {
 }
 
 #[test]
+fn nx_of_either_level_forbids_to_fetch() {
+    let fetch = Access { execute: true, ..READ };
+    let (directory, table) = (FRAME, 2 * FRAME + 9 * 8);
+    for place in [directory, table] {
+        let mut world = world(true);
+        let (_, page) = entry_of(true, 9);
+        let entry = world.ram.read(place, 8).expect("memory");
+        world.ram.put(place, 8, entry | NO_EXECUTE);
+        assert_eq!(world.faults(page, READ), 1);
+        assert_eq!(world.faults(page, fetch), 100);
+        world.set(true, place as u32, entry | ACCESSED);
+        assert_eq!(world.faults(page, fetch), 0);
+    }
+}
+
+#[test]
+fn a_table_of_two_directories_is_released_from_both() {
+    let mut world = world(false);
+    world.ram.put(3 * FRAME, 4, (2 * FRAME) | OPEN);
+    world.ram.put(3 * FRAME + 4, 4, (2 * FRAME) | OPEN);
+    assert_eq!(world.faults(0, READ), 1);
+    world.apply([Update::SetCR3(3 * FRAME as u32)]);
+    assert_eq!(world.faults(0, READ), 1);
+    assert_eq!(world.faults(1 << 22, READ), 1);
+    world.apply([frame_update(number::ReleasePage, 2)]);
+    audit(&world.shadow);
+    assert_eq!(world.faults(0, READ), 1);
+    world.apply([Update::SetCR3(FRAME as u32)]);
+    assert_eq!(world.faults(0, READ), 1);
+}
+
+#[test]
 fn a_full_pool_begins_anew() {
     let mut world = world(false);
     for i in 1..64 {
