@@ -79,6 +79,9 @@ impl Reference {
     /// Bytes of it that transport and queue may have.
     pub const LIMIT: u32 = Self::MEMORY - TEXT_LIMIT;
 
+    /// Where in that memory the guest finds how many updates were refused so far, 32 bits.
+    pub const REFUSALS: u32 = 4;
+
     /// The calls that are served: what changes page tables, and what could see them unchanged.
     ///
     /// All others are left to native code, for the guest's processor has the guest's own descriptor tables, task state, interrupt

@@ -37,12 +37,16 @@ vmi_hv_backend::backends! {
 struct State {
     /// Not zero once a backend is chosen.
     chosen: u32,
-    /// The backend, if one is chosen.
-    transport: MaybeUninit<Transport>,
     /// What waits for it.
     queue: Queue<{ BATCH_LIMIT as usize }>,
+    /// The backend, if one is chosen.
+    transport: MaybeUninit<Transport>,
 }
 
+const _: () = assert!(
+    offset_of!(State, queue) + Queue::<{ BATCH_LIMIT as usize }>::FAILURES_OFFSET
+        == Reference::REFUSALS as usize
+);
 const _: () = assert!(size_of::<State>() <= Reference::LIMIT as usize);
 
 /// The image's [`Grant`], without the distance.

@@ -556,6 +556,7 @@ fn a_refusal_is_tried_again_or_stops_the_guest() -> Result<()> {
     guest.lazy(LazyMode::OFF)?;
     assert_eq!(guest.batches().iter().map(Vec::len).collect::<Vec<_>>(), [3, 1, 1]);
     assert_eq!(guest.said, "VMI ROM: SetPxE at C0001004: busy\n");
+    assert_eq!(word(&guest.page, Reference::REFUSALS as usize), 1);
 
     // Refused for good, or busy for ever: the last words, and the end.
     for (status, batches) in [(Status::BadAddress, 1), (Status::Busy, ATTEMPTS as usize)] {

@@ -297,8 +297,17 @@ mod tests {
         assert_eq!(names(Api::Lookup, None).len(), 4);
         assert_eq!(names(Api::Slots13_0, None), ["vmi-13.0-native"]);
         assert_eq!(names(Api::Slots13_3, None), ["vmi-13.3-native"]);
+        let with = |api, backends: &[BackendName]| {
+            let (backends, bind) = (backends.to_vec(), None);
+            forms(&Args { api, link: false, examples: false, bind, backends, card: None })
+        };
+        let both = [BackendName::Native, BackendName::Reference];
+        assert_eq!(with(None, &both).expect("sensible"), [Form::Reference]);
+        assert_eq!(with(Some(Api::Lookup), &both).expect("sensible"), [Form::Reference]);
+        assert_eq!(with(None, &both[..1]).expect("sensible"), [Form::Lookup(Bind::Rewrite)]);
         for api in [Api::Slots13_0, Api::Slots13_3] {
             assert!(asked(api, Some(Binding::All)).is_err());
+            assert!(with(Some(api), &both).is_err());
         }
     }
 }
