@@ -5,7 +5,7 @@ use crate::conformance::{Client, Conformance};
 use crate::link;
 use crate::qemu::{Machine, Module, Outcome, Run};
 use crate::tap::{self, Report, WorkloadLine};
-use crate::toolchain::{Emulator, Findings};
+use crate::toolchain::{self, Emulator, Findings};
 use anyhow::{Context, Result};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
@@ -107,11 +107,9 @@ pub struct Built {
 /// Something that the build needs is missing, or the build fails.
 pub fn build_all(findings: &Findings) -> Result<Built> {
     let tools = Tools::from_findings(findings)?;
-    let emulator = findings
-        .emulator
-        .clone()
+    let emulator = toolchain::long_mode_emulator()
         .map_err(anyhow::Error::msg)
-        .context("no QEMU; `cargo xtask setup` says how to get it")?;
+        .context("no QEMU with long mode; `cargo xtask setup` says how to get it")?;
     let slots = [build::rom(&tools, Form::Slots13_0)?, build::rom(&tools, Form::Slots13_3)?];
     let links = link::all(&tools, &slots)?;
     Ok(Built {

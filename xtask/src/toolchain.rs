@@ -434,8 +434,22 @@ fn linker_version(said: &str) -> Option<String> {
 
 /// QEMU.
 fn emulator() -> Result<Emulator, String> {
+    emulator_of(&["qemu-system-i386", "qemu-system-x86_64"])
+}
+
+/// The QEMU whose processors have long mode, which the reference hypervisor runs in.
+///
+/// # Errors
+///
+/// What was looked for, or what is wrong with it.
+pub fn long_mode_emulator() -> Result<Emulator, String> {
+    emulator_of(&["qemu-system-x86_64"])
+}
+
+/// The first of these programs that works.
+fn emulator_of(names: &[&str]) -> Result<Emulator, String> {
     let mut refused = Vec::new();
-    for name in ["qemu-system-i386", "qemu-system-x86_64"] {
+    for name in names {
         let Some(path) = find_program(name) else { continue };
         match output(Command::new(&path).arg("--version")) {
             Ok(said) => {
@@ -446,7 +460,7 @@ fn emulator() -> Result<Emulator, String> {
         }
     }
     if refused.is_empty() {
-        Err("no qemu-system-i386 on PATH".into())
+        Err(format!("no {} on PATH", names[0]))
     } else {
         Err(refused.join("; "))
     }

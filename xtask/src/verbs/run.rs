@@ -63,7 +63,7 @@ pub struct Args {
     verbose: bool,
 
     #[command(flatten)]
-    reference: reference::Args,
+    reference: reference::Options,
 }
 
 /// What was tried, and what came of it.

@@ -14,6 +14,7 @@ use crate::paging::{
 };
 use crate::processor;
 use core::arch::naked_asm;
+use core::ops::Range;
 use vmi_hv_backend::Update;
 use vmi_hv_backend::reference::interface::Hypercall;
 
@@ -22,6 +23,9 @@ const FREE_AREA: u32 = 0xd800_0000;
 
 /// The bit that makes an entry of a directory a large page.
 const LARGE: u64 = 1 << 7;
+
+/// Memory that nothing is in but what the workload puts there, each time anew.
+const FREE_MEMORY: Range<u32> = 0xa0_0000..0xe0_0000;
 
 /// Behind the direct mapping nothing is looked at.
 const DIRECT: u32 = 16 << 20;
@@ -57,8 +61,12 @@ fn allowed(space: Space, linear: u32) -> Allowed {
     let entry = space.load(space.entry(linear));
     let own =
         if entry & PRESENT == 0 { Allowed::Nothing } else { of_frame(entry as u32 & !(PAGE - 1)) };
-    // A processor walks what a device holds; a hypervisor need not look there, and finds ones.
-    if DEVICE.contains(&table) && own == Allowed::Nothing { ones } else { own }
+    // A processor walks what a device or a ROM holds; a hypervisor need not look there, and finds ones.
+    if (DEVICE.start..ROM_AREA.end).contains(&table) && own == Allowed::Nothing {
+        ones
+    } else {
+        own
+    }
 }
 
 /// What a read of memory may show.
@@ -179,7 +187,8 @@ impl Trial<'_> {
             4 => self.random.frame(NOTHING),
             5 => self.random.frame(DEVICE),
             6 => self.random.frame(ROM_AREA),
-            _ => self.random.frame(0x10_0000..DIRECT),
+            // Walked as a table it gets accessed bits: none of the guest's own.
+            _ => self.random.frame(FREE_MEMORY),
         }
     }
 }

@@ -35,7 +35,7 @@ enum Modes {
 
 /// What concerns the hypervisor.
 #[derive(Clone, Debug, clap::Args)]
-pub(super) struct Args {
+pub(super) struct Options {
     /// Run the guest on a hypervisor.
     #[arg(long, value_enum, value_name = "HYPERVISOR")]
     #[arg(conflicts_with_all = ["no_rom", "bar", "client", "machine", "cpu", "processors", "memory", "costs"])]
@@ -54,7 +54,7 @@ pub(super) struct Args {
     hostile: bool,
 }
 
-impl Args {
+impl Options {
     fn modes(&self) -> Vec<Mode> {
         match self.mode {
             Modes::Trap => vec![Mode::Trap],
