@@ -17,6 +17,7 @@ use core::arch::naked_asm;
 use core::ops::Range;
 use vmi_hv_backend::Update;
 use vmi_hv_backend::reference::interface::Hypercall;
+use x86::controlregs::Cr4;
 
 /// Linear addresses that nothing is mapped at, a table's worth: their directory entry is free.
 const FREE_AREA: u32 = 0xd800_0000;
@@ -212,6 +213,10 @@ pub(super) fn malformed(trial: &mut Trial<'_>) {
     let directory_entry = space.directory_entry(FREE_AREA);
     let bits = PRESENT | WRITE;
 
+    let cr4 = processor::cr4();
+    // Large pages of 4 MiB; there are always those of 2.
+    processor::set_cr4(cr4 | Cr4::CR4_ENABLE_PSE.bits() as u32);
+
     // An entry of a good table.
     for index in 0..400 {
         trial.attempts.tables += 1;
@@ -322,6 +327,7 @@ pub(super) fn malformed(trial: &mut Trial<'_>) {
         trial.apply(Update::ReleasePage((place - PAGE_OFFSET) / PAGE, 0));
     }
     trial.apply(Update::FlushTLB(2));
+    processor::set_cr4(cr4);
     for linear in [TEST_AREA, FREE_AREA] {
         processor::invlpg(linear);
         if read(linear).is_ok() {

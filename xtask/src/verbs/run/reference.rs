@@ -6,7 +6,7 @@ use crate::hypervisor::{self, Comparison, Hosted, Mode, PREFIX, Paging, Setup, T
 use crate::progress::Progress;
 use crate::qemu::Attachment;
 use crate::table::{Align, BAD, Cell, DIM, GOOD, HEAD, Table};
-use crate::tap;
+use crate::tap::{self, WorkloadLine};
 use crate::toolchain::Findings;
 use anyhow::Result;
 use std::path::PathBuf;
@@ -203,10 +203,13 @@ fn exits(comparisons: &[Comparison<'_>]) -> String {
             let exits = comparison.cost(*mode).map(|line| format!("{:.1}", line.exits_each()));
             row.push(exits.unwrap_or_default().into());
         }
-        let ratio = comparison.ratio().map(|ratio| Cell::new(format!("{ratio:.1}"), HEAD));
+        let is_number = |value: &f64| value.is_finite();
+        let ratio = comparison.ratio().filter(is_number);
+        let ratio = ratio.map(|ratio| Cell::new(format!("{ratio:.1}"), HEAD));
         row.push(ratio.unwrap_or_else(|| "".into()));
         let batched = comparison.cost(Mode::VmiBatched);
-        let entries = batched.map(|line| format!("{:.1}", line.entries_per_exit()));
+        let entries = batched.map(WorkloadLine::entries_per_exit).filter(is_number);
+        let entries = entries.map(|entries| format!("{entries:.1}"));
         row.push(entries.unwrap_or_default().into());
         table.row(row);
     }
