@@ -242,15 +242,6 @@ pub fn hypervisor(tools: &Tools) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// The lints of the hypervisor on its own target, warnings denied. The compiler must have clippy.
-pub fn hypervisor_clippy(tools: &Tools) -> Command {
-    let mut cargo = long_mode_cargo(tools, "clippy");
-    prefer_own_subcommands(&mut cargo, tools);
-    cargo.args(["--package", "vmi-hypervisor", "--bin", "vmi-hypervisor", "--quiet", "--release"]);
-    cargo.args(["--", "--deny", "warnings"]);
-    cargo
-}
-
 /// A program's bytes as they lie in memory, from its first address to the last that the file has bytes for.
 fn flat(linked: &[u8]) -> Result<Vec<u8>> {
     let file = object::File::parse(linked)?;
@@ -286,12 +277,25 @@ pub(crate) fn kernel(tools: &Tools, package: &str, path: &Path, links: &[Link]) 
     write(path, &read(&output_path(package))?)
 }
 
-/// The lints of image and guest on their own target, warnings denied. The compiler must have clippy.
-pub(crate) fn bare_clippy(tools: &Tools) -> Command {
-    let mut cargo = inner_cargo(tools, "clippy");
-    prefer_own_subcommands(&mut cargo, tools);
-    cargo.args(BARE_PACKAGES).args(["--quiet", "--release", "--", "--deny", "warnings"]);
-    cargo
+/// The lints of image, guest and hypervisor on their own targets, warnings denied. The compiler must have clippy.
+pub(crate) fn bare_clippy(tools: &Tools) -> [Command; 2] {
+    bare(tools, "clippy").map(|mut cargo| {
+        prefer_own_subcommands(&mut cargo, tools);
+        cargo.args(["--", "--deny", "warnings"]);
+        cargo
+    })
+}
+
+/// What checks all that runs on a bare machine, on its own target.
+fn bare(tools: &Tools, verb: &str) -> [Command; 2] {
+    let mut firmware = inner_cargo(tools, verb);
+    firmware.args(BARE_PACKAGES);
+    let mut hypervisor = long_mode_cargo(tools, verb);
+    hypervisor.args(["--package", "vmi-hypervisor", "--bin", "vmi-hypervisor"]);
+    [firmware, hypervisor].map(|mut cargo| {
+        cargo.args(["--quiet", "--release"]);
+        cargo
+    })
 }
 
 /// Cargo looks for its subcommands on the path, where another toolchain's may come first.
@@ -303,20 +307,21 @@ fn prefer_own_subcommands(cargo: &mut Command, tools: &Tools) {
     }
 }
 
-/// What the compiler alone warns of in image and guest; nothing if it has nothing to say.
+/// What the compiler alone warns of in image, guest and hypervisor; nothing if it has nothing to say.
 ///
 /// # Errors
 ///
 /// Cargo does not start.
 pub(crate) fn bare_warnings(tools: &Tools) -> Result<Option<String>> {
-    let mut cargo = inner_cargo(tools, "check");
-    let done = cargo
-        .args(BARE_PACKAGES)
-        .args(["--quiet", "--release"])
-        .output()
-        .context("cargo does not start")?;
-    let said = String::from_utf8_lossy(&done.stderr).trim().to_owned();
-    Ok((!done.status.success() || said.contains("warning: ")).then_some(said))
+    let mut warnings = String::new();
+    for mut cargo in bare(tools, "check") {
+        let done = cargo.output().context("cargo does not start")?;
+        let said = String::from_utf8_lossy(&done.stderr);
+        if !done.status.success() || said.contains("warning: ") {
+            warnings.push_str(said.trim());
+        }
+    }
+    Ok((!warnings.is_empty()).then_some(warnings))
 }
 
 /// A path as the user would type it from the top of the tree.

@@ -43,6 +43,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         formatting(&mut totals)?;
         host_lints(&mut totals)?;
         bare_lints(&findings, &mut totals)?;
+        undefined_behaviour(&mut totals)?;
     }
     step("build");
     // The tests build what they need themselves; a build that fails here is said once, not in each.
@@ -105,16 +106,16 @@ fn host_lints(totals: &mut Totals) -> Result<()> {
     )
 }
 
-/// Image and guest are linted for their own target, if a compiler with its library's source has clippy.
+/// Image, guest and hypervisor are linted for their own targets, if a compiler with its library's source has clippy.
 fn bare_lints(findings: &Findings, totals: &mut Totals) -> Result<()> {
-    step("lints of image and guest");
+    step("lints of image, guest and hypervisor");
     let mut tools = Tools::from_findings(findings)?;
     let mut compilers =
         findings.compilers.iter().filter_map(|candidate| candidate.verdict.as_ref().ok());
     match compilers.find(|compiler| compiler.has_clippy()) {
         Some(compiler) => {
             tools.compiler = compiler.clone();
-            count(totals, build::bare_clippy(&tools))
+            build::bare_clippy(&tools).into_iter().try_for_each(|lints| count(totals, lints))
         }
         None => {
             anstream::println!(
@@ -131,6 +132,20 @@ fn bare_lints(findings: &Findings, totals: &mut Totals) -> Result<()> {
             Ok(())
         }
     }
+}
+
+/// The update queue in Miri, which sees undefined behaviour that tests do not, if it is there; few cases, as it is slow.
+fn undefined_behaviour(totals: &mut Totals) -> Result<()> {
+    step("undefined behaviour");
+    if !has("miri") {
+        return Ok(());
+    }
+    let mut command = cargo(&["miri", "test", "--quiet", "--locked", "--lib"]);
+    command.args(["--package", "vmi-hv-backend"]);
+    command.envs([("PROPTEST_CASES", "4"), ("QUEUE_LENGTH", "1")]);
+    // Tests read their settings from the environment and write down what failed.
+    command.env("MIRIFLAGS", "-Zmiri-disable-isolation");
+    count(totals, command)
 }
 
 /// All tests of the host's crates, shown as they come and counted.
