@@ -70,7 +70,10 @@ impl Attempts {
             ("hypercalls from ring 3", self.from_ring_3),
             ("malformed updates", self.updates),
             ("malformed page tables", self.tables),
-        ] {
+        ]
+        .into_iter()
+        .filter(|(_, count)| *count != 0)
+        {
             line!("# hostile what=\"{what}\" count={count}");
         }
     }
@@ -83,7 +86,7 @@ pub(crate) fn run(report: &mut Report, attempts: &mut Attempts, space: Space, ro
         line!("# not tried: there is no reference hypervisor");
         return;
     };
-    let parts: [(&str, fn(&mut Trial)); 4] = [
+    let parts: [(&str, Part); 4] = [
         ("malformed hypercalls", hypercalls::malformed),
         ("hypercalls from ring 3", hypercalls::from_ring_3),
         ("malformed updates", hypercalls::updates),
@@ -104,6 +107,9 @@ pub(crate) fn run(report: &mut Report, attempts: &mut Attempts, space: Space, ro
     // Whatever was done, this is as it was.
     workload::run(report, space, rom);
 }
+
+/// A kind of attempts.
+type Part = fn(&mut Trial<'_>);
 
 /// A part under way.
 struct Trial<'a> {

@@ -6,14 +6,12 @@ use crate::paging::physical;
 use crate::processor::cpuid;
 use core::arch::asm;
 use vmi_hv_backend::reference::interface::{
-    BASE, Counters, Features, Hypercall, LEAF_INTERFACE, SIGNATURE, Status, is_understood,
+    BASE, Counters, Hypercall, LEAF_INTERFACE, SIGNATURE, Status, is_understood,
 };
 
 /// A reference hypervisor whose version the guest understands.
 #[derive(Clone, Copy)]
 pub(crate) struct Hypervisor {
-    /// It wants to be told of page tables.
-    pub(crate) follows_tables: bool,
     /// The most updates that a batch may have.
     pub(crate) batch_limit: u32,
 }
@@ -35,9 +33,8 @@ impl Hypervisor {
         if words.as_flattened() != SIGNATURE || last < LEAF_INTERFACE {
             return None;
         }
-        let [version, features, batch_limit, _] = cpuid(LEAF_INTERFACE, 0);
-        let follows_tables = features & Features::PAGE_TABLES.bits() != 0;
-        is_understood(version).then_some(Self { follows_tables, batch_limit })
+        let [version, _, batch_limit, _] = cpuid(LEAF_INTERFACE, 0);
+        is_understood(version).then_some(Self { batch_limit })
     }
 
     /// Makes a hypercall, with any number and arguments: EAX and EDX.

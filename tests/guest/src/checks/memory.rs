@@ -5,7 +5,6 @@
 
 use super::{read, run_own};
 use crate::harness::{Outcome, Registers};
-use crate::hypervisor::Hypervisor;
 use crate::paging::{
     self, ACCESSED, DIRTY, GLOBAL, Mode, NO_EXECUTE, PAGE, PRESENT, Space, TEST_AREA, TEST_FRAMES,
     WRITE, has_global_pages, has_no_execute,
@@ -155,13 +154,8 @@ pub(super) fn stores_short(
 }
 
 /// A call that touches a page that is not there yet: the fault is the guest's to serve, and the
-/// call goes on where it was. Not so where a hypervisor stores the entry: it serves no faults, and no kernel
-/// has such entries.
+/// call goes on where it was.
 fn faults_and_goes_on(s: &mut Session, call: impl FnOnce(&mut Session, u32, u32)) {
-    let is_told = Hypervisor::find().is_some_and(|hypervisor| hypervisor.follows_tables);
-    if is_told && !s.rom.is_linked() {
-        return;
-    }
     empty_entry(s);
     s.demand = Some((TEST_AREA..TEST_AREA + PAGE, map_test_page));
     let value = s.random();

@@ -142,8 +142,8 @@ pub(super) fn malformed(trial: &mut Trial<'_>) {
         NOTHING.start,
         DEVICE.start,
         DEVICE.end - UPDATE,
-        u32::MAX & !3,
-        (u32::MAX & !3) - UPDATE + 8,
+        !3,
+        !3 - UPDATE + 8,
         0xffff_f000,
         0xfee0_0000,
         0x8000_0000,
@@ -203,7 +203,7 @@ pub(super) fn malformed(trial: &mut Trial<'_>) {
         // SAFETY: as above.
         let written =
             (0..32).filter(|index| unsafe { words.add(*index).read_volatile() } != u64::MAX);
-        let end = written.last().map_or(0, |index| (index + 1) * 8) as u32;
+        let end = written.max().map_or(0, |index| (index + 1) * 8) as u32;
         if eax != Status::Done as i32 || edx != fitting || end > fitting {
             trial.problems.add(format_args!(
                 "ReadCounters into {bytes} bytes answers {eax}, EDX {edx}, writes {end}"

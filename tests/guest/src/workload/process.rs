@@ -75,7 +75,7 @@ impl Pile {
 
 /// The word that a frame begins with.
 pub(super) fn mark(frame: u32) -> u32 {
-    0x5a00_0000 | frame / PAGE
+    0x5a00_0000 | (frame / PAGE)
 }
 
 /// A word of a frame.
