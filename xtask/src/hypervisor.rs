@@ -168,7 +168,7 @@ impl Setup<'_> {
             // Where time is steady, QEMU gives up on a page table that lies on a device.
             steady_time: task != Task::Hostile,
             limit: self.limit,
-            // The hypervisor places the image; no firmware starts it.
+            // What the guest says tells whether it found a ROM.
             banner: None,
             host_prefix: Some(PREFIX.into()),
             ..Machine::default()

@@ -1,6 +1,7 @@
 //! `cargo xtask run --on reference`.
 
 use super::{Tried, closing, failures, table};
+use crate::build;
 use crate::conformance::{Client, Subject};
 use crate::hypervisor::{self, Comparison, Hosted, Mode, PREFIX, Paging, Setup, Task};
 use crate::progress::Progress;
@@ -77,9 +78,12 @@ impl Options {
 ///
 /// # Errors
 ///
-/// The build fails, or QEMU does not start.
+/// The ROM cannot be read, the build fails, or QEMU does not start.
 pub(super) fn run(findings: &Findings, all: &super::Args) -> Result<ExitCode> {
     let args = &all.reference;
+    if let Some(rom) = &all.rom {
+        build::read(rom)?;
+    }
     let built = hypervisor::build_all(findings)?;
     let mut runs = Vec::new();
     for mode in args.modes() {
