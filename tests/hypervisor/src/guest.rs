@@ -11,7 +11,8 @@ use crate::options::{Options, Paging};
 use crate::report::{self, Ending};
 use crate::svm::{
     EVENT_EXCEPTION, EVENT_HAS_CODE, EVENT_INTERRUPT, EVENT_NMI, EVENT_VALID, FLUSH_ALL,
-    Intercepts, NESTED_PAGING, RAX, RBX, RSP, Registers, SEGMENT_32_BIT, SVM_ENABLE, Vmcb, enter,
+    Intercepts, NESTED_PAGING, RAX, RBX, RSI, RSP, Registers, SEGMENT_32_BIT, SVM_ENABLE, Vmcb,
+    enter,
 };
 use crate::{nested, vcpu};
 use core::arch::x86_64::{__cpuid, _rdtsc};
@@ -118,6 +119,10 @@ impl Guest {
         self.registers = Registers::default();
         self.registers[RAX] = entry.eax.into();
         self.registers[RBX] = entry.ebx.into();
+        self.registers[RSI] = entry.esi.into();
+        if let Some(table) = entry.table {
+            vcpu::use_table(self.vmcb, table);
+        }
         let left = self.machine.left() >> 20;
         line!("the guest starts at {:#x}; {left} MiB are left", entry.eip);
         self.counters = Counters::ZERO;

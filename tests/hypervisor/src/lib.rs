@@ -5,6 +5,7 @@
 //! - [`shadow`]: the page tables that the processor really walks.
 //! - [`hypercall`]: what a guest asks for, checked and done.
 //! - [`emulate`]: single instructions, carried out for the guest.
+//! - [`linux`]: how a Linux kernel is started.
 
 #![no_std]
 
@@ -13,6 +14,7 @@ extern crate std;
 
 pub mod emulate;
 pub mod hypercall;
+pub mod linux;
 pub mod memory;
 pub mod shadow;
 pub mod walk;

@@ -1,6 +1,6 @@
 //! The reference hypervisor: runs one 32-bit guest on one virtual processor of AMD SVM.
 //!
-//! A multiboot loader starts it with the guest's kernel as a module, and perhaps a ROM as another. Guest-physical addresses are
+//! A multiboot loader starts it with the guest's kernel as a module, and perhaps an initramfs and a ROM as others. Guest-physical addresses are
 //! the machine's; devices and interrupts are the guest's own. What the guest does not have is the hypervisor's memory.
 //!
 //! - [`boot`]: from the boot loader to Rust, in long mode; [`exceptions`], [`heap`], [`console`]: what a program needs,
@@ -79,21 +79,26 @@ extern "sysv64" fn main(magic: u32, information: u32, cr0: u32) -> ! {
     let Some(kernel) = modules.next() else {
         give_up(
             Ending::BadArguments,
-            format_args!("no guest: -initrd \"guest.elf its command line,the.rom\""),
+            format_args!("no guest: -initrd \"guest its command line,initramfs,the.rom\""),
         )
     };
-    let rom = modules.next();
-    if modules.next().is_some() || rom.is_some_and(|rom| !place::is_rom(rom.bytes)) {
-        give_up(Ending::BadArguments, format_args!("modules are a kernel and at most one ROM"));
+    let (mut rom, mut initrd) = (None, None);
+    for module in modules {
+        let kind = if place::is_rom(module.bytes) { &mut rom } else { &mut initrd };
+        if kind.replace(module).is_some() {
+            give_up(
+                Ending::BadArguments,
+                format_args!("modules are a kernel, at most one initramfs and at most one ROM"),
+            );
+        }
     }
     match rom {
         Some(rom) => place::place(&mut machine, &rom),
         None if options.mode == options::Mode::Trap => {}
-        None => {
-            give_up(Ending::BadArguments, format_args!("{options} wants a ROM as second module"))
-        }
+        None => give_up(Ending::BadArguments, format_args!("{options} wants a ROM as a module")),
     }
     let kernel = machine.keep(kernel);
+    let initrd = initrd.map(|initrd| machine.keep(initrd));
     let mut guest = guest::Guest::new(vmcb, machine, options, quirks);
     if rom.is_some() {
         let (rom, grant) = (guest.machine.rom, guest.machine.grant);
@@ -105,7 +110,7 @@ extern "sysv64" fn main(magic: u32, information: u32, cr0: u32) -> ! {
         );
         guest.run_post();
     }
-    let entry = loader::load(&guest.machine, &loader, &kernel);
+    let entry = loader::load(&guest.machine, &loader, &kernel, initrd.as_ref());
     guest.run(entry, cr0)
 }
 

@@ -143,7 +143,7 @@ impl Loader {
     }
 
     /// The memory map.
-    pub(crate) fn memory_map(&self) -> impl Iterator<Item = Range> {
+    pub(crate) fn memory_map(&self) -> impl Iterator<Item = Range> + Clone {
         self.map[..self.ranges].iter().copied()
     }
 

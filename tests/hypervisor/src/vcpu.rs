@@ -3,6 +3,7 @@
 #![expect(unsafe_code, reason = "UNSAFETY: statics that the processor reads and writes")]
 
 use crate::exceptions::{read_msr, write_msr};
+use crate::loader::Table;
 use crate::report::{EXIT_PORT, Ending, give_up};
 use crate::svm::{
     Intercepts, SEGMENT_32_BIT, SVM_DISABLED, SVM_ENABLE, Segment, VM_CR, VM_HSAVE_PA, Vmcb,
@@ -131,6 +132,17 @@ pub(crate) fn reset(vmcb: &mut Vmcb) {
     state.efer = SVM_ENABLE;
     state.cr0 = (Cr0::CR0_PROTECTED_MODE | Cr0::CR0_EXTENSION_TYPE).bits() as u64;
     (state.dr6, state.dr7, state.guest_pat, state.rflags) = (DR6, DR7, PAT, RFLAGS);
+}
+
+/// Loads a flat descriptor table and its selectors.
+pub(crate) fn use_table(vmcb: &mut Vmcb, table: Table) {
+    let state = &mut vmcb.state;
+    state.gdtr =
+        Segment { base: table.base.into(), limit: table.limit.into(), ..Segment::default() };
+    state.cs.selector = table.code;
+    for segment in [&mut state.ds, &mut state.es, &mut state.fs, &mut state.gs, &mut state.ss] {
+        segment.selector = table.data;
+    }
 }
 
 /// Lets the processor walk PAE tables, and tells of each page fault.
