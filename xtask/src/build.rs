@@ -29,7 +29,7 @@ const TARGET_NAME: &str = "i686-unknown-none";
 const LONG_MODE_TARGET: &str = "x86_64-unknown-none";
 
 /// What is compiled for the first.
-const BARE_PACKAGES: [&str; 14] = [
+const BARE_PACKAGES: [&str; 16] = [
     "--package",
     "vmi-abi",
     "--package",
@@ -42,6 +42,8 @@ const BARE_PACKAGES: [&str; 14] = [
     "vmi-guest",
     "--package",
     "vmi-example-kernel",
+    "--package",
+    "vmi-linux-init",
     "--features",
     "vmi-rom/reference",
 ];

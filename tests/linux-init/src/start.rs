@@ -1,0 +1,64 @@
+//! From the kernel's stack to Rust.
+
+#![expect(
+    unsafe_code,
+    reason = "UNSAFETY: the stack as the kernel fills it, a panic handler's end"
+)]
+
+use crate::console::{end, line};
+use core::arch::naked_asm;
+use core::ffi::CStr;
+
+/// Where the kernel starts the program.
+///
+/// In: ESP: the number of arguments, then their addresses, as the kernel leaves them. Out: never. The stack is aligned to 16 bytes,
+/// as the C convention wants it.
+#[unsafe(naked)]
+#[unsafe(no_mangle)]
+unsafe extern "C" fn _start() -> ! {
+    naked_asm!(
+        "xor ebp, ebp",
+        "mov eax, esp",
+        "and esp, -16",
+        "sub esp, 12",
+        "push eax",
+        "call {main}",
+        "ud2",
+        main = sym main,
+    )
+}
+
+/// The words that the program was started with.
+#[derive(Clone, Copy)]
+pub(crate) struct Arguments {
+    first: *const *const core::ffi::c_char,
+    count: usize,
+}
+
+impl Arguments {
+    /// A word by its place; 0 is the program's name.
+    pub(crate) fn get(&self, index: usize) -> Option<&'static str> {
+        if index >= self.count {
+            return None;
+        }
+        // SAFETY: the kernel's promise: so many addresses of texts that end in a zero.
+        unsafe { CStr::from_ptr(*self.first.add(index)) }.to_str().ok()
+    }
+
+    /// What follows a key such as `forks=`.
+    pub(crate) fn value(&self, key: &str) -> Option<&'static str> {
+        (1..self.count).find_map(|index| self.get(index)?.strip_prefix(key))
+    }
+}
+
+extern "C" fn main(stack: *const u32) -> ! {
+    // SAFETY: the kernel's promise.
+    let arguments = unsafe { Arguments { first: stack.add(1).cast(), count: *stack as usize } };
+    crate::suite::run(arguments)
+}
+
+#[panic_handler]
+fn panic(information: &core::panic::PanicInfo<'_>) -> ! {
+    line!("{information}");
+    end(false)
+}
