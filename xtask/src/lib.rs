@@ -14,6 +14,7 @@
 //! - [`tap`]: what the test guest reports,
 //! - [`conformance`]: one ROM under the test guest,
 //! - [`hypervisor`]: the guest on the reference hypervisor,
+//! - [`debian`]: Linux kernels for guests,
 //! - [`iso`]: a disc that boots the guest,
 //! - [`inspect`]: what is in an image, and whether it keeps the contract,
 //! - [`reference`]: the page of calls in `docs/`,
@@ -23,6 +24,7 @@ pub mod artifacts;
 pub mod build;
 pub mod c_header;
 pub mod conformance;
+pub mod debian;
 pub mod examples;
 pub mod hypervisor;
 pub mod image;

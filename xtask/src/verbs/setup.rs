@@ -1,6 +1,7 @@
 //! `cargo xtask setup`.
 
-use crate::build::Tools;
+use crate::build::{Tools, shown};
+use crate::debian;
 use crate::setup::{
     Archive, Facts, Family, Plan, Privilege, Rustup, Simulation, apt_command, by_rustup,
     os_release_field, plan, update_command,
@@ -25,6 +26,9 @@ pub struct Args {
     /// Only say what is there; fail if something is missing.
     #[arg(long, conflicts_with = "dry_run")]
     check: bool,
+    /// Fetch Debian's 32-bit Linux kernels too, for guests: about 100 MB, into `target/linux`, with apt. They are not installed.
+    #[arg(long, conflicts_with_all = ["dry_run", "check"])]
+    linux: bool,
 }
 
 /// Sets up.
@@ -38,7 +42,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let missing = findings.missing(Need::TEST);
     if missing.is_empty() {
         anstream::println!("nothing is missing");
-        return Ok(ExitCode::SUCCESS);
+        return linux(args);
     }
     let names: Vec<String> = missing.iter().map(ToString::to_string).collect();
     anstream::println!("missing: {}", names.join("; "));
@@ -48,6 +52,17 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     install(&findings, missing, args.dry_run)?;
     if !args.dry_run {
         anstream::print!("{}", table(&confirmed(Need::TEST)?));
+    }
+    linux(args)
+}
+
+/// Fetches the kernels if they are wanted.
+fn linux(args: &Args) -> Result<ExitCode> {
+    if args.linux {
+        debian::fetch()?;
+        for flavour in debian::Flavour::ALL {
+            anstream::println!("{}", shown(&debian::kernel(flavour)?));
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

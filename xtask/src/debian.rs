@@ -1,0 +1,369 @@
+//! Debian's own 32-bit kernels, taken out of their packages and never installed.
+//!
+//! apt's tools work on lists and a status of their own below `target/`, for the architecture i386: the system's sources and lists
+//! are read and not touched, and no privilege is needed. What comes is checked by apt against Debian's signatures.
+
+use crate::build;
+use crate::progress::Progress;
+use crate::toolchain::{find_program, output};
+use anyhow::{Context, Result, bail};
+use std::fs;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+/// A kernel of Debian's for 32-bit processors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Flavour {
+    /// Two levels of page tables.
+    #[value(name = "686")]
+    I686,
+    /// Three levels, the physical address extension.
+    #[value(name = "686-pae")]
+    I686Pae,
+}
+
+impl Flavour {
+    /// Each of them.
+    pub const ALL: [Self; 2] = [Self::I686, Self::I686Pae];
+
+    /// As in the names of packages.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::I686 => "686",
+            Self::I686Pae => "686-pae",
+        }
+    }
+
+    /// Where the kernel lands.
+    #[must_use]
+    pub fn path(self) -> PathBuf {
+        folder().join(self.name()).join("bzImage")
+    }
+}
+
+/// What `setup --linux` gets.
+fn folder() -> PathBuf {
+    crate::workspace().join("target/linux")
+}
+
+/// The kernels, if they were fetched.
+///
+/// # Errors
+///
+/// One is missing; the error says how to get it.
+pub fn kernel(flavour: Flavour) -> Result<PathBuf> {
+    let path = flavour.path();
+    if !path.is_file() {
+        bail!("{} is missing; `cargo xtask setup --linux` gets it", build::shown(&path));
+    }
+    Ok(path)
+}
+
+/// Gets the kernels that are not there yet.
+///
+/// # Errors
+///
+/// There is no apt, it knows no source of Debian's, or the network does not answer.
+pub fn fetch() -> Result<()> {
+    let missing: Vec<Flavour> =
+        Flavour::ALL.into_iter().filter(|flavour| !flavour.path().is_file()).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    for program in ["apt-get", "apt-cache", "dpkg-deb"] {
+        if find_program(program).is_none() {
+            bail!(
+                "Debian's kernels are fetched with apt, and there is no {program}; take vmlinuz out of the packages linux-image-686 and \
+                 linux-image-686-pae of Debian bookworm by hand, and put them at {} and {}",
+                build::shown(&Flavour::I686.path()),
+                build::shown(&Flavour::I686Pae.path())
+            );
+        }
+    }
+    let apt = Apt::new(&folder().join("apt"))?;
+    let progress = Progress::start("reading Debian's package lists".to_owned());
+    let updated = apt.update();
+    drop(progress);
+    for flavour in missing {
+        let _progress = Progress::start(format!("fetching Debian's kernel {}", flavour.name()));
+        let package = match (apt.package(flavour), &updated) {
+            (Ok(package), _) => package,
+            (Err(_), Err(reason)) => bail!("Debian's package lists cannot be read: {reason}"),
+            (Err(error), Ok(())) => return Err(error),
+        };
+        let file = apt.download(&package)?;
+        let kernel = vmlinuz(&file).with_context(|| format!("cannot unpack {}", file.display()))?;
+        build::write(&flavour.path(), &kernel)?;
+        // A hundred megabytes of modules that nobody needs.
+        fs::remove_file(&file).with_context(|| format!("cannot remove {}", file.display()))?;
+    }
+    Ok(())
+}
+
+/// apt with lists and a status of its own.
+struct Apt {
+    folder: PathBuf,
+}
+
+impl Apt {
+    /// In a folder, with the system's sources that are Debian's.
+    fn new(folder: &Path) -> Result<Self> {
+        let sources = sources(Path::new("/etc/apt"));
+        if sources.is_empty() {
+            bail!("apt has no source of Debian's packages in /etc/apt");
+        }
+        for part in ["lists/partial", "cache/archives/partial", "sources.list.d"] {
+            let part = folder.join(part);
+            fs::create_dir_all(&part).with_context(|| format!("cannot make {}", part.display()))?;
+        }
+        let old = folder.join("sources.list.d");
+        for entry in fs::read_dir(&old).with_context(|| format!("cannot read {}", old.display()))? {
+            fs::remove_file(entry?.path())?;
+        }
+        for (name, text) in sources {
+            build::write(&old.join(name), text.as_bytes())?;
+        }
+        build::write(&folder.join("status"), b"")?;
+        build::write(&folder.join("apt.conf"), configuration(folder).as_bytes())?;
+        Ok(Self { folder: folder.to_owned() })
+    }
+
+    fn command(&self, program: &str) -> Command {
+        let mut command = Command::new(program);
+        command
+            .env("LC_ALL", "C")
+            .env("APT_CONFIG", self.folder.join("apt.conf"))
+            .current_dir(&self.folder)
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// Reads the lists. A source that does not answer need not be the one that is wanted.
+    fn update(&self) -> Result<(), String> {
+        // Without the option apt is content with lists that are missing.
+        let words = ["--quiet", "--quiet", "--option", "APT::Update::Error-Mode=any", "update"];
+        output(self.command("apt-get").args(words)).map(|_| ())
+    }
+
+    /// The package that the flavour's newest kernel is in.
+    fn package(&self, flavour: Flavour) -> Result<String> {
+        let name = format!("linux-image-{}", flavour.name());
+        let text = output(self.command("apt-cache").args(["depends", &name]))
+            .map_err(anyhow::Error::msg)
+            .with_context(|| format!("Debian's sources have no package {name} for i386"))?;
+        dependency(&text)
+            .with_context(|| format!("the package {name} for i386 names no kernel:\n{text}"))
+    }
+
+    /// Its file.
+    fn download(&self, package: &str) -> Result<PathBuf> {
+        let mut command = self.command("apt-get");
+        output(command.args(["--quiet", "--quiet", "download", package]))
+            .map_err(anyhow::Error::msg)
+            .with_context(|| format!("the package {package} cannot be fetched"))?;
+        let is_it = |path: &PathBuf| {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            name.starts_with(&format!("{package}_")) && name.ends_with(".deb")
+        };
+        fs::read_dir(&self.folder)?
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            .find(is_it)
+            .with_context(|| format!("apt-get download left no file of {package}"))
+    }
+}
+
+/// What apt is told: nothing but the trusted keys is the system's.
+fn configuration(folder: &Path) -> String {
+    let place = |name: &str| folder.join(name).display().to_string();
+    format!(
+        "APT::Architecture \"i386\";\n\
+         APT::Architectures {{ \"i386\"; }};\n\
+         Dir::State \"{folder}\";\n\
+         Dir::State::lists \"{lists}\";\n\
+         Dir::State::status \"{status}\";\n\
+         Dir::Cache \"{cache}\";\n\
+         Dir::Etc::sourcelist \"/dev/null\";\n\
+         Dir::Etc::sourceparts \"{sources}\";\n\
+         Acquire::Languages \"none\";\n\
+         APT::Sandbox::User \"\";\n",
+        folder = folder.display(),
+        lists = place("lists"),
+        status = place("status"),
+        cache = place("cache"),
+        sources = place("sources.list.d"),
+    )
+}
+
+/// The system's source files, each cut down to what is Debian's.
+fn sources(etc: &Path) -> Vec<(String, String)> {
+    let mut files = vec![etc.join("sources.list")];
+    if let Ok(entries) = fs::read_dir(etc.join("sources.list.d")) {
+        files.extend(entries.filter_map(|entry| Some(entry.ok()?.path())));
+    }
+    files.sort();
+    let cut = |path: PathBuf| {
+        let name = path.file_name()?.to_str()?.to_owned();
+        let text = fs::read_to_string(&path).ok()?;
+        let text = match path.extension()?.to_str()? {
+            "list" => lines_of_debian(&text),
+            "sources" => stanzas_of_debian(&text),
+            _ => return None,
+        };
+        (!text.is_empty()).then_some((name, text))
+    };
+    files.into_iter().filter_map(cut).collect()
+}
+
+/// Whether an address is of an archive of Debian's: every mirror has a folder of one of these names.
+fn is_debian(address: &str) -> bool {
+    let parts = || address.split('/').filter(|part| !part.is_empty()).skip(1);
+    parts().any(|part| matches!(part, "debian" | "debian-security"))
+}
+
+/// The lines of the old format that are of Debian's archives. An architecture that they name would not be ours.
+fn lines_of_debian(text: &str) -> String {
+    let wanted = |line: &&str| {
+        let mut words = line.split_ascii_whitespace();
+        words.next() == Some("deb") && words.any(is_debian) && !line.contains("arch=")
+    };
+    text.lines().filter(wanted).map(|line| format!("{line}\n")).collect()
+}
+
+/// The stanzas of the new format that are of Debian's archives, without their architectures.
+fn stanzas_of_debian(text: &str) -> String {
+    let field = |stanza: &[&str], name: &str| {
+        stanza.iter().find_map(|line| {
+            let (key, value) = line.split_once(':')?;
+            key.eq_ignore_ascii_case(name).then(|| value.trim().to_owned())
+        })
+    };
+    let mut wanted = String::new();
+    let lines: Vec<&str> = text.lines().collect();
+    for stanza in lines.split(|line| line.trim().is_empty()) {
+        let is_one = |name: &str, value: &str| {
+            field(stanza, name)
+                .is_some_and(|values| values.split_ascii_whitespace().any(|one| one == value))
+        };
+        let addresses = field(stanza, "URIs").unwrap_or_default();
+        if !is_one("Types", "deb")
+            || is_one("Enabled", "no")
+            || !addresses.split_ascii_whitespace().any(is_debian)
+        {
+            continue;
+        }
+        for line in stanza.iter().filter(|line| !line.starts_with("Architectures:")) {
+            wanted.push_str(line);
+            wanted.push('\n');
+        }
+        wanted.push('\n');
+    }
+    wanted
+}
+
+/// The first package that `apt-cache depends` names.
+fn dependency(text: &str) -> Option<String> {
+    let name = text.lines().find_map(|line| line.trim().strip_prefix("Depends: "))?;
+    name.starts_with("linux-image-").then(|| name.to_owned())
+}
+
+/// The kernel in a package.
+fn vmlinuz(package: &Path) -> Result<Vec<u8>> {
+    let mut unpack = Command::new("dpkg-deb")
+        .arg("--fsys-tarfile")
+        .arg(package)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .context("dpkg-deb does not start")?;
+    let mut kernel = None;
+    if let Some(mut pipe) = unpack.stdout.take() {
+        while let Some((name, bytes)) = next_file(&mut pipe)? {
+            if name.trim_start_matches("./").starts_with("boot/vmlinuz-") {
+                kernel = Some(bytes);
+            }
+        }
+    }
+    let status = unpack.wait().context("cannot wait for dpkg-deb")?;
+    if !status.success() {
+        bail!("dpkg-deb: {status}");
+    }
+    kernel.context("there is no boot/vmlinuz in it")
+}
+
+/// Bytes of a block of a tar archive.
+const BLOCK: usize = 512;
+
+/// The next member of a tar archive, as POSIX describes them: a header of one block, then the bytes in whole blocks. Nothing at
+/// its end.
+fn next_file(archive: &mut impl Read) -> Result<Option<(String, Vec<u8>)>> {
+    let mut header = [0; BLOCK];
+    archive.read_exact(&mut header).context("the archive ends early")?;
+    if header.iter().all(|byte| *byte == 0) {
+        // The rest is read, so that its writer comes to its end.
+        std::io::copy(archive, &mut std::io::sink())?;
+        return Ok(None);
+    }
+    let text = |range: std::ops::Range<usize>| {
+        let bytes = &header[range];
+        let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
+        String::from_utf8_lossy(&bytes[..end]).trim().to_owned()
+    };
+    let size = u64::from_str_radix(&text(124..136), 8).context("a size is not octal")?;
+    let mut bytes = Vec::new();
+    archive.take(size).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 != size {
+        bail!("the archive ends within a file");
+    }
+    let rest = size.next_multiple_of(BLOCK as u64) - size;
+    std::io::copy(&mut archive.take(rest), &mut std::io::sink())?;
+    Ok(Some((text(0..100), bytes)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_debians_own_sources_are_taken() {
+        let old = "deb http://deb.debian.org/debian bookworm main\n\
+                   # deb http://deb.debian.org/debian bookworm contrib\n\
+                   deb-src http://deb.debian.org/debian bookworm main\n\
+                   deb [signed-by=/k.gpg] https://mirror.example/pub/debian-security bookworm-security main\n\
+                   deb https://deb.nodesource.com/node_20.x nodistro main\n";
+        let taken = lines_of_debian(old);
+        assert_eq!(taken.lines().count(), 2);
+        assert!(taken.contains("signed-by=/k.gpg") && !taken.contains("nodesource"));
+        let new = "Types: deb deb-src\nURIs: http://deb.debian.org/debian\nSuites: bookworm\nArchitectures: amd64\n\
+                   Signed-By: /k.gpg\n\nTypes: deb\nURIs: https://apt.example/debian-tools\nSuites: x\n\n\
+                   Enabled: no\nTypes: deb\nURIs: http://deb.debian.org/debian\nSuites: sid\n";
+        let taken = stanzas_of_debian(new);
+        assert!(taken.contains("Suites: bookworm\nSigned-By: /k.gpg\n"), "{taken}");
+        assert_eq!(taken.matches("Types").count(), 1, "{taken}");
+    }
+
+    #[test]
+    fn the_metapackage_names_the_kernel() {
+        let text = "linux-image-686\n  Depends: linux-image-6.1.0-50-686\n";
+        assert_eq!(dependency(text).as_deref(), Some("linux-image-6.1.0-50-686"));
+        assert_eq!(dependency("linux-image-686\n  Depends: libc6\n"), None);
+    }
+
+    #[test]
+    fn members_of_an_archive_come_one_by_one_and_cut_ones_are_errors() -> Result<()> {
+        let mut archive = vec![0; BLOCK];
+        archive[..6].copy_from_slice(b"./boot");
+        archive[124..135].copy_from_slice(b"00000000005");
+        archive.extend(b"hello");
+        archive.resize(2 * BLOCK, 0);
+        let whole = [archive.clone(), vec![0; 2 * BLOCK]].concat();
+        let mut reader = &whole[..];
+        assert_eq!(next_file(&mut reader)?, Some(("./boot".into(), b"hello".to_vec())));
+        assert_eq!(next_file(&mut reader)?, None);
+        assert!(next_file(&mut &archive[..BLOCK + 3]).is_err());
+        assert!(next_file(&mut &archive[..100]).is_err());
+        Ok(())
+    }
+}
