@@ -242,7 +242,7 @@ impl Hosted {
 }
 
 /// The last line of the hypervisor's with all counters.
-fn counters(host: &str) -> Option<Counters> {
+pub(crate) fn counters(host: &str) -> Option<Counters> {
     let json = host.lines().rev().find_map(|line| line.strip_prefix("counters "))?;
     let object: serde_json::Map<String, serde_json::Value> =
         serde_json::from_str(json.trim()).ok()?;

@@ -14,7 +14,7 @@
 //! - [`tap`]: what the test guest reports,
 //! - [`conformance`]: one ROM under the test guest,
 //! - [`hypervisor`]: the guest on the reference hypervisor,
-//! - [`debian`]: Linux kernels for guests,
+//! - [`linux`], [`debian`]: Linux as the guest, and where it comes from,
 //! - [`iso`]: a disc that boots the guest,
 //! - [`inspect`]: what is in an image, and whether it keeps the contract,
 //! - [`reference`]: the page of calls in `docs/`,
@@ -31,6 +31,7 @@ pub mod image;
 pub mod inspect;
 pub mod iso;
 pub mod link;
+pub mod linux;
 pub mod progress;
 pub mod qemu;
 pub mod reference;

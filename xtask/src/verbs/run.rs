@@ -1,5 +1,6 @@
 //! `cargo xtask run`.
 
+mod linux;
 mod reference;
 
 use crate::artifacts::{self, Artifacts};
@@ -64,6 +65,8 @@ pub struct Args {
 
     #[command(flatten)]
     reference: reference::Options,
+    #[command(flatten)]
+    linux: linux::LinuxOptions,
 }
 
 /// What was tried, and what came of it.
@@ -100,6 +103,9 @@ fn subjects(args: &Args, built: &Artifacts) -> Result<Vec<Subject>> {
 /// Something is missing, the build fails, or QEMU does not start.
 pub fn run(args: &Args) -> Result<ExitCode> {
     let findings = super::setup::provide(Need::RUN)?;
+    if let Some(kernel) = &args.linux.kernel {
+        return linux::run(&findings, args, kernel);
+    }
     if args.reference.on.is_some() {
         return reference::run(&findings, args);
     }

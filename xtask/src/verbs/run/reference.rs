@@ -46,7 +46,7 @@ pub(super) struct Options {
     mode: Modes,
     /// The hypervisor's paging.
     #[arg(long, value_enum, default_value_t, requires = "on")]
-    paging: Paging,
+    pub(super) paging: Paging,
     /// Let the guest work as a kernel does, and show what that costs.
     #[arg(long, requires = "on")]
     workload: bool,
@@ -56,7 +56,7 @@ pub(super) struct Options {
 }
 
 impl Options {
-    fn modes(&self) -> Vec<Mode> {
+    pub(super) fn modes(&self) -> Vec<Mode> {
         match self.mode {
             Modes::Trap => vec![Mode::Trap],
             Modes::Vmi => vec![Mode::Vmi],

@@ -1,0 +1,233 @@
+//! Linux as the guest: its first program, the initramfs around it, the runs.
+
+use crate::build::{self, Tools};
+use crate::hypervisor::{self, Built, Mode, PREFIX, Paging};
+use crate::qemu::{Machine, Module, Outcome, Run};
+use anyhow::Result;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use vmi_hv_backend::reference::interface::Counters;
+
+/// What the first program's last line starts with, if all went well.
+const MARKER: &str = "linux: all ";
+
+/// What the kernel is told before the words for its first program.
+const COMMAND_LINE: &str = "console=ttyS0";
+
+/// Where the initramfs lands.
+#[must_use]
+pub fn initramfs_path() -> PathBuf {
+    crate::workspace().join("target/linux/initramfs.cpio")
+}
+
+/// Builds the first program, and packs it.
+///
+/// # Errors
+///
+/// It does not compile.
+pub fn initramfs(tools: &Tools) -> Result<PathBuf> {
+    let program = crate::workspace().join("target/linux/init");
+    build::kernel(tools, "vmi-linux-init", &program, &[])?;
+    let path = initramfs_path();
+    build::write(&path, &archive(&build::read(&program)?))?;
+    Ok(path)
+}
+
+/// An archive in the "new ASCII" format of cpio, which Linux unpacks as its first file system: console and zeros as devices, an
+/// empty folder for /proc, the program.
+#[must_use]
+pub fn archive(program: &[u8]) -> Vec<u8> {
+    const FOLDER: u32 = 0o040_755;
+    const DEVICE: u32 = 0o020_600;
+    const PROGRAM: u32 = 0o100_755;
+    let mut archive = Vec::new();
+    let mut number = 0;
+    let mut add = |name: &str, mode: u32, device: (u32, u32), bytes: &[u8]| {
+        number += 1;
+        let length = bytes.len() as u32;
+        archive.extend(b"070701");
+        // The fields of a header: inode, mode, owner, group, links, time, bytes, the device it lies on, the device it is, bytes of the
+        // name with its end, a sum that this format does not use.
+        let fields =
+            [number, mode, 0, 0, 1, 0, length, 0, 0, device.0, device.1, name.len() as u32 + 1, 0];
+        for field in fields {
+            archive.extend(format!("{field:08X}").bytes());
+        }
+        archive.extend(name.bytes());
+        archive.push(0);
+        archive.resize(archive.len().next_multiple_of(4), 0);
+        archive.extend(bytes);
+        archive.resize(archive.len().next_multiple_of(4), 0);
+    };
+    add("dev", FOLDER, (0, 0), &[]);
+    add("dev/console", DEVICE, (5, 1), &[]);
+    add("dev/zero", DEVICE, (1, 5), &[]);
+    add("proc", FOLDER, (0, 0), &[]);
+    add("init", PROGRAM, (0, 0), program);
+    add("TRAILER!!!", 0, (0, 0), &[]);
+    archive
+}
+
+/// What lies below Linux.
+#[derive(Clone, Copy, Debug)]
+pub enum Below<'a> {
+    /// The machine.
+    Nothing,
+    /// The reference hypervisor.
+    Hypervisor {
+        /// It and its ROM.
+        built: &'a Built,
+        /// Another image instead of ours.
+        rom: Option<&'a Path>,
+        /// How it comes to know of changes in page tables.
+        mode: Mode,
+        /// How memory is translated.
+        paging: Paging,
+    },
+}
+
+/// A boot of Linux.
+#[derive(Clone, Debug)]
+pub struct Boot<'a> {
+    /// QEMU.
+    pub emulator: &'a crate::toolchain::Emulator,
+    /// The kernel, a bzImage.
+    pub kernel: &'a Path,
+    /// The initramfs.
+    pub initrd: &'a Path,
+    /// More words for the kernel's command line; behind ` -- ` they are the first program's.
+    pub append: &'a str,
+    /// What lies below.
+    pub below: Below<'a>,
+    /// What the last line starts with; none if only the exit status counts.
+    pub marker: Option<&'a str>,
+    /// How long it may take.
+    pub limit: Duration,
+}
+
+impl<'a> Boot<'a> {
+    /// The tests of our first program.
+    #[must_use]
+    pub fn tests(
+        emulator: &'a crate::toolchain::Emulator,
+        kernel: &'a Path,
+        initrd: &'a Path,
+        below: Below<'a>,
+    ) -> Self {
+        let limit = Duration::from_secs(120);
+        Self { emulator, kernel, initrd, append: "", below, marker: Some(MARKER), limit }
+    }
+
+    /// The machine.
+    #[must_use]
+    pub fn machine(&self) -> Machine {
+        let line = format!("{COMMAND_LINE} {}", self.append).trim_end().to_owned();
+        let machine = Machine {
+            memory: 512,
+            limit: self.limit,
+            marker: self.marker.unwrap_or_default().into(),
+            banner: None,
+            ..Machine::default()
+        };
+        match self.below {
+            Below::Nothing => Machine {
+                kernel: Some(self.kernel.into()),
+                initrd: Some(self.initrd.into()),
+                append: Some(line),
+                ..machine
+            },
+            Below::Hypervisor { built, rom, mode, paging } => {
+                let module =
+                    |path: &Path, words: &str| Module { path: path.into(), words: words.into() };
+                let mut modules = vec![module(self.kernel, &line), module(self.initrd, "")];
+                if mode != Mode::Trap {
+                    modules.push(module(rom.unwrap_or(&built.rom), ""));
+                }
+                Machine {
+                    kernel: Some(built.hypervisor.clone()),
+                    modules,
+                    append: Some(format!("mode={} paging={}", mode.name(), paging.name())),
+                    host_prefix: Some(PREFIX.into()),
+                    ..machine
+                }
+            }
+        }
+    }
+
+    /// Boots, and hands each line of the serial port to `progress`.
+    ///
+    /// # Errors
+    ///
+    /// The machine cannot be run at all.
+    pub fn run(&self, progress: impl Fn(&str)) -> Result<Booted> {
+        let run = self.machine().follow(self.emulator, progress)?;
+        let counters = hypervisor::counters(&run.host);
+        Ok(Booted { run, counters })
+    }
+}
+
+/// What came of a boot.
+#[derive(Clone, Debug)]
+pub struct Booted {
+    /// The run.
+    pub run: Run,
+    /// What the hypervisor counted.
+    pub counters: Option<Counters>,
+}
+
+impl Booted {
+    /// Whether it came to its end as it should.
+    #[must_use]
+    pub fn passed(&self) -> bool {
+        self.run.outcome == Outcome::Passed
+    }
+
+    /// How many tests of our first program's passed.
+    #[must_use]
+    pub fn tests(&self) -> usize {
+        let is_one =
+            |line: &&str| line.starts_with("linux: test ") && line.trim_end().ends_with(" ok");
+        self.run.serial.lines().filter(is_one).count()
+    }
+
+    /// The last lines on the serial port, for whoever wants to know why not.
+    #[must_use]
+    pub fn last_lines(&self) -> String {
+        let lines: Vec<&str> = self
+            .run
+            .serial
+            .lines()
+            .chain(self.run.host.lines())
+            .filter(|line| !line.trim().is_empty())
+            .collect();
+        lines[lines.len().saturating_sub(40)..].join("\n")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_archive_has_headers_of_110_bytes_and_everything_on_four() {
+        let archive = archive(b"ELF!!");
+        assert_eq!(archive.len() % 4, 0);
+        let number = |offset: usize| {
+            let text = std::str::from_utf8(&archive[offset..offset + 8]).unwrap_or_default();
+            usize::from_str_radix(text, 16).unwrap_or(usize::MAX)
+        };
+        let (mut offset, mut names) = (0, Vec::new());
+        while offset < archive.len() {
+            assert_eq!(&archive[offset..offset + 6], b"070701");
+            let (length, name) = (number(offset + 54), number(offset + 94));
+            let bytes = &archive[offset + 110..offset + 110 + name - 1];
+            names.push(String::from_utf8_lossy(bytes).into_owned());
+            let start = (offset + 110 + name).next_multiple_of(4);
+            if names.last().is_some_and(|name| name == "init") {
+                assert_eq!(&archive[start..start + length], b"ELF!!");
+            }
+            offset = (start + length).next_multiple_of(4);
+        }
+        assert_eq!(names, ["dev", "dev/console", "dev/zero", "proc", "init", "TRAILER!!!"]);
+    }
+}
