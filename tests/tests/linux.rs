@@ -1,0 +1,126 @@
+//! Debian's kernels on the reference hypervisor, with a first program that tries what kernels do for programs.
+//!
+//! The kernels come from `cargo xtask setup --linux`.
+
+use anyhow::{Context, Result, ensure};
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::time::Duration;
+use vmi_hv_backend::reference::interface::Counters;
+use xtask::build::Tools;
+use xtask::debian::{self, Flavour};
+use xtask::hypervisor::{self, Mode, Paging};
+use xtask::linux::{self, Below, Boot, Booted};
+use xtask::qemu::Outcome;
+use xtask::toolchain::Findings;
+
+/// The tests of our first program.
+const TESTS: usize = 24;
+
+/// What a healthy kernel does not say.
+const COMPLAINTS: [&str; 6] =
+    ["BUG:", "WARNING:", "Oops", "Call Trace", "unchecked MSR", "general protection fault"];
+
+/// QEMU's status when the hypervisor refuses its guest.
+const REFUSED: i32 = 67;
+
+/// The initramfs, built once.
+fn initramfs() -> Result<&'static Path> {
+    static BUILT: OnceLock<Result<PathBuf, String>> = OnceLock::new();
+    let build = || linux::initramfs(&Tools::from_findings(&Findings::gather())?);
+    BUILT
+        .get_or_init(|| build().map_err(|error| format!("{error:#}")))
+        .as_deref()
+        .map_err(|error| anyhow::anyhow!("{error}"))
+}
+
+/// Boots a kernel on the hypervisor.
+fn boot(flavour: Flavour, mode: Mode, paging: Paging) -> Result<Booted> {
+    let built = hypervisor::ensure()?;
+    let below = Below::Hypervisor { built, rom: None, mode, paging };
+    let kernel = debian::kernel(flavour)?;
+    let mut boot = Boot::tests(&built.emulator, &kernel, initramfs()?, below);
+    boot.limit = Duration::from_secs(200);
+    boot.run(|_| {})
+}
+
+/// Boots a kernel, and wants it to pass all tests and to complain of nothing; what the hypervisor counted.
+fn pass(flavour: Flavour, mode: Mode, paging: Paging) -> Result<Counters> {
+    let booted = boot(flavour, mode, paging)?;
+    let outcome = &booted.run.outcome;
+    ensure!(
+        *outcome == Outcome::Passed,
+        "{outcome}\n{}\n{}",
+        booted.run.command,
+        booted.last_lines()
+    );
+    ensure!(booted.tests() == TESTS, "{} of {TESTS} tests\n{}", booted.tests(), booted.run.serial);
+    let complaint =
+        booted.run.serial.lines().find(|line| COMPLAINTS.iter().any(|text| line.contains(text)));
+    ensure!(
+        complaint.is_none(),
+        "the kernel complains: {}\n{}",
+        complaint.unwrap_or_default(),
+        booted.run.serial
+    );
+    booted.counters.context("the hypervisor does not say what it counted")
+}
+
+#[test]
+fn the_kernel_with_two_levels_runs_on_shadow_tables() -> Result<()> {
+    let counters = pass(Flavour::I686, Mode::Trap, Paging::Shadow)?;
+    ensure!(counters.table_writes > 0 && counters.cr3_writes > 0, "{counters:?}");
+    Ok(())
+}
+
+#[test]
+fn the_kernel_with_three_levels_runs_on_shadow_tables() -> Result<()> {
+    let counters = pass(Flavour::I686Pae, Mode::Trap, Paging::Shadow)?;
+    ensure!(counters.table_writes > 0 && counters.cr3_writes > 0, "{counters:?}");
+    Ok(())
+}
+
+#[test]
+fn a_kernel_runs_on_nested_tables_and_hardly_exits() -> Result<()> {
+    let counters = pass(Flavour::I686Pae, Mode::Trap, Paging::Nested)?;
+    ensure!(counters.exits() < 5000 && counters.table_writes == 0, "{counters:?}");
+    Ok(())
+}
+
+/// Linux 6 knows no VMI: the image is there, and nobody calls it.
+#[test]
+fn a_kernel_without_vmi_leaves_the_image_alone() -> Result<()> {
+    let counters = pass(Flavour::I686, Mode::VmiBatched, Paging::Nested)?;
+    ensure!(counters.hypercalls == 0, "{counters:?}");
+    Ok(())
+}
+
+#[test]
+fn a_first_program_that_does_not_run_is_no_pass() -> Result<()> {
+    let built = hypervisor::ensure()?;
+    let folder = tempfile::tempdir()?;
+    let initrd = folder.path().join("initramfs");
+    std::fs::write(&initrd, linux::archive(b"not a program"))?;
+    let kernel = debian::kernel(Flavour::I686)?;
+    let mut boot = Boot::tests(&built.emulator, &kernel, &initrd, Below::Nothing);
+    boot.append = "panic=-1";
+    let booted = boot.run(|_| {})?;
+    ensure!(booted.run.serial.contains("Kernel panic"), "{}", booted.last_lines());
+    ensure!(!booted.passed(), "a kernel that panicked passes");
+    Ok(())
+}
+
+#[test]
+fn a_kernel_that_is_cut_off_is_refused() -> Result<()> {
+    let built = hypervisor::ensure()?;
+    let folder = tempfile::tempdir()?;
+    let kernel = folder.path().join("bzImage");
+    let bytes = std::fs::read(debian::kernel(Flavour::I686)?)?;
+    std::fs::write(&kernel, &bytes[..bytes.len() / 2])?;
+    let below = Below::Hypervisor { built, rom: None, mode: Mode::Trap, paging: Paging::default() };
+    let booted = Boot::tests(&built.emulator, &kernel, initramfs()?, below).run(|_| {})?;
+    let is_refused = matches!(booted.run.outcome, Outcome::WrongExit { status: Some(REFUSED), .. });
+    ensure!(is_refused, "{}\n{}", booted.run.outcome, booted.last_lines());
+    ensure!(booted.run.host.contains("the guest: the file is cut off"), "{}", booted.run.host);
+    Ok(())
+}
