@@ -110,9 +110,15 @@ struct Apt {
 impl Apt {
     /// In a folder, with the system's sources that are Debian's.
     fn new(folder: &Path) -> Result<Self> {
-        let sources = sources(Path::new("/etc/apt"));
+        let mut sources = sources(Path::new("/etc/apt"));
         if sources.is_empty() {
-            bail!("apt has no source of Debian's packages in /etc/apt");
+            if !Path::new(KEYRING).is_file() {
+                bail!(
+                    "apt has no source of Debian's packages in /etc/apt, and {KEYRING} is not there to check others; the package \
+                     debian-archive-keyring has it"
+                );
+            }
+            sources.push(("debian.sources".into(), debian_source()));
         }
         for part in ["lists/partial", "cache/archives/partial", "sources.list.d"] {
             let part = folder.join(part);
@@ -172,6 +178,16 @@ impl Apt {
             .find(is_it)
             .with_context(|| format!("apt-get download left no file of {package}"))
     }
+}
+
+/// Debian's keys, on systems that are not Debian's own too.
+const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+
+/// A source for systems without one of Debian's.
+fn debian_source() -> String {
+    format!(
+        "Types: deb\nURIs: http://deb.debian.org/debian\nSuites: bookworm\nComponents: main\nSigned-By: {KEYRING}\n"
+    )
 }
 
 /// What apt is told: nothing but the trusted keys is the system's.
@@ -278,14 +294,10 @@ fn vmlinuz(package: &Path) -> Result<Vec<u8>> {
         .stderr(Stdio::null())
         .spawn()
         .context("dpkg-deb does not start")?;
-    let mut kernel = None;
-    if let Some(mut pipe) = unpack.stdout.take() {
-        while let Some((name, bytes)) = next_file(&mut pipe)? {
-            if name.trim_start_matches("./").starts_with("boot/vmlinuz-") {
-                kernel = Some(bytes);
-            }
-        }
-    }
+    let kernel = match unpack.stdout.take() {
+        Some(pipe) => member(pipe, "boot/vmlinuz-")?,
+        None => None,
+    };
     let status = unpack.wait().context("cannot wait for dpkg-deb")?;
     if !status.success() {
         bail!("dpkg-deb: {status}");
@@ -293,33 +305,21 @@ fn vmlinuz(package: &Path) -> Result<Vec<u8>> {
     kernel.context("there is no boot/vmlinuz in it")
 }
 
-/// Bytes of a block of a tar archive.
-const BLOCK: usize = 512;
-
-/// The next member of a tar archive, as POSIX describes them: a header of one block, then the bytes in whole blocks. Nothing at
-/// its end.
-fn next_file(archive: &mut impl Read) -> Result<Option<(String, Vec<u8>)>> {
-    let mut header = [0; BLOCK];
-    archive.read_exact(&mut header).context("the archive ends early")?;
-    if header.iter().all(|byte| *byte == 0) {
-        // The rest is read, so that its writer comes to its end.
-        std::io::copy(archive, &mut std::io::sink())?;
-        return Ok(None);
+/// The file of a tar archive whose name starts so.
+fn member(archive: impl Read, start: &str) -> Result<Option<Vec<u8>>> {
+    let mut archive = tar::Archive::new(archive);
+    let mut found = None;
+    // All are read, so that their writer comes to its end.
+    for entry in archive.entries()? {
+        let mut entry = entry?;
+        let path = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
+        if found.is_none() && path.trim_start_matches("./").starts_with(start) {
+            let mut bytes = Vec::new();
+            entry.read_to_end(&mut bytes)?;
+            found = Some(bytes);
+        }
     }
-    let text = |range: std::ops::Range<usize>| {
-        let bytes = &header[range];
-        let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
-        String::from_utf8_lossy(&bytes[..end]).trim().to_owned()
-    };
-    let size = u64::from_str_radix(&text(124..136), 8).context("a size is not octal")?;
-    let mut bytes = Vec::new();
-    archive.take(size).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 != size {
-        bail!("the archive ends within a file");
-    }
-    let rest = size.next_multiple_of(BLOCK as u64) - size;
-    std::io::copy(&mut archive.take(rest), &mut std::io::sink())?;
-    Ok(Some((text(0..100), bytes)))
+    Ok(found)
 }
 
 #[cfg(test)]
@@ -342,6 +342,7 @@ mod tests {
         let taken = stanzas_of_debian(new);
         assert!(taken.contains("Suites: bookworm\nSigned-By: /k.gpg\n"), "{taken}");
         assert_eq!(taken.matches("Types").count(), 1, "{taken}");
+        assert_eq!(stanzas_of_debian(&debian_source()).trim(), debian_source().trim());
     }
 
     #[test]
@@ -352,18 +353,19 @@ mod tests {
     }
 
     #[test]
-    fn members_of_an_archive_come_one_by_one_and_cut_ones_are_errors() -> Result<()> {
-        let mut archive = vec![0; BLOCK];
-        archive[..6].copy_from_slice(b"./boot");
-        archive[124..135].copy_from_slice(b"00000000005");
-        archive.extend(b"hello");
-        archive.resize(2 * BLOCK, 0);
-        let whole = [archive.clone(), vec![0; 2 * BLOCK]].concat();
-        let mut reader = &whole[..];
-        assert_eq!(next_file(&mut reader)?, Some(("./boot".into(), b"hello".to_vec())));
-        assert_eq!(next_file(&mut reader)?, None);
-        assert!(next_file(&mut &archive[..BLOCK + 3]).is_err());
-        assert!(next_file(&mut &archive[..100]).is_err());
+    fn a_file_is_found_in_an_archive_and_a_cut_one_is_an_error() -> Result<()> {
+        let mut builder = tar::Builder::new(Vec::new());
+        for (name, bytes) in [("./etc/boot/vmlinuz-1", "not this"), ("./boot/vmlinuz-2", "this")] {
+            let mut header = tar::Header::new_gnu();
+            header.set_size(bytes.len() as u64);
+            header.set_cksum();
+            builder.append_data(&mut header, name, bytes.as_bytes())?;
+        }
+        let archive = builder.into_inner()?;
+        assert_eq!(member(&archive[..], "boot/vmlinuz-")?.as_deref(), Some(&b"this"[..]));
+        assert_eq!(member(&archive[..], "boot/other")?, None);
+        assert!(member(&archive[..1024 + 512 + 1], "boot/vmlinuz-").is_err());
+        assert!(member(&archive[..100], "boot/vmlinuz-").is_err());
         Ok(())
     }
 }
