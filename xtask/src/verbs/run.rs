@@ -53,9 +53,9 @@ pub struct Args {
     /// Memory in MiB.
     #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(16..=2047))]
     memory: u32,
-    /// Seconds that each boot may take.
-    #[arg(long, default_value_t = 60)]
-    limit: u64,
+    /// Seconds that each boot may take: 60, or 300 on a hypervisor and for Linux, if not given.
+    #[arg(long)]
+    limit: Option<u64>,
     /// Print the results as JSON.
     #[arg(long)]
     json: bool,
@@ -67,6 +67,14 @@ pub struct Args {
     reference: reference::Options,
     #[command(flatten)]
     linux: linux::LinuxOptions,
+}
+
+impl Args {
+    /// How long each boot may take.
+    fn limit(&self) -> Duration {
+        let is_long = self.reference.on.is_some() || self.linux.kernel.is_some();
+        Duration::from_secs(self.limit.unwrap_or(if is_long { 300 } else { 60 }))
+    }
 }
 
 /// What was tried, and what came of it.
@@ -116,7 +124,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         cpu: args.cpu.clone(),
         memory: args.memory,
         processors: args.processors,
-        limit: Duration::from_secs(args.limit),
+        limit: args.limit(),
         ..Machine::default()
     };
 

@@ -10,7 +10,6 @@ use crate::{build, build::Tools};
 use anyhow::{Result, bail};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Duration;
 use vmi_hv_backend::reference::interface::Counters;
 
 /// What concerns Linux.
@@ -76,7 +75,7 @@ pub(super) fn run(findings: &Findings, all: &super::Args, kernel: &Path) -> Resu
         };
         let mut boot = Boot::tests(&built.emulator, kernel, &initrd, below);
         boot.append = &args.append;
-        boot.limit = Duration::from_secs(all.limit);
+        boot.limit = all.limit();
         if args.initrd.is_some() {
             boot.marker = None;
         }

@@ -12,7 +12,6 @@ use crate::toolchain::Findings;
 use anyhow::Result;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
 
 /// What is run below the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -98,7 +97,7 @@ pub(super) fn run(findings: &Findings, all: &super::Args) -> Result<ExitCode> {
             rom: all.rom.as_deref(),
             mode,
             paging: args.paging,
-            limit: Duration::from_secs(all.limit),
+            limit: all.limit(),
         };
         runs.push(setup.run(args.task(), show)?);
     }
