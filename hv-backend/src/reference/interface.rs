@@ -217,6 +217,8 @@ counters! {
         updates: "updates carried"
         /// Updates that were refused.
         refusals: "updates refused"
+        /// Reads of a control register that a processor would not have reported. QEMU 10 does, once those of CR3 are asked for.
+        needless_reads: "reads that QEMU reports needlessly"
         /// Guest page tables, or parts of one, that got a shadow.
         shadowed: "tables shadowed"
         /// Time-stamp counter ticks from an exit to the next entry, summed.

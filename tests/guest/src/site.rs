@@ -386,9 +386,8 @@ fn pointer_of(site: &Site) -> u32 {
 /// Write protection is lifted only where it matters: a processor may drop its translations with
 /// CR0.WP, and a call that has to drop them would have nothing left to do.
 fn write(address: u32, bytes: &[u8]) {
-    let cr0 = processor::cr0();
-    let protected = PROTECTED.load(Ordering::Relaxed);
-    if protected {
+    let cr0 = PROTECTED.load(Ordering::Relaxed).then(processor::cr0);
+    if let Some(cr0) = cr0 {
         processor::set_cr0(cr0 & !WRITE_PROTECT);
     }
     for (index, byte) in bytes.iter().enumerate() {
@@ -396,7 +395,7 @@ fn write(address: u32, bytes: &[u8]) {
         // SAFETY: inside the pages of call sites, which nobody executes now.
         unsafe { place.write_volatile(*byte) };
     }
-    if protected {
+    if let Some(cr0) = cr0 {
         processor::set_cr0(cr0);
     }
 }

@@ -59,7 +59,7 @@ impl Guest {
                 self.write_control_register(&instruction, first, value);
             }
             Mnemonic::Mov if second.is_cr() => {
-                self.counters.control_reads += 1;
+                self.count_read(second);
                 let value = self.control_register(second);
                 if emulate::set(&mut state, first, value).is_none() {
                     self.unsupported(&instruction);
@@ -68,7 +68,7 @@ impl Guest {
                 self.advance(&instruction);
             }
             Mnemonic::Smsw if instruction.op0_kind() == OpKind::Register => {
-                self.counters.control_reads += 1;
+                self.count_read(Register::CR0);
                 if emulate::set(&mut state, first, self.own.cr0).is_none() {
                     self.unsupported(&instruction);
                 }
@@ -82,6 +82,15 @@ impl Guest {
                 self.write_control_register(&instruction, Register::CR0, value);
             }
             _ => self.unsupported(&instruction),
+        }
+    }
+
+    /// Counts a read as an exit, unless it is one only because of QEMU.
+    fn count_read(&mut self, register: Register) {
+        if self.reads_wanted() >> register.number() & 1 != 0 {
+            self.counters.control_reads += 1;
+        } else {
+            self.counters.needless_reads += 1;
         }
     }
 
@@ -162,19 +171,23 @@ impl Guest {
         state.cr3 = shadow.root();
         state.cr4 = (self.own.cr4 | CR4_PAE).into();
         state.efer = self.own.efer | SVM_ENABLE | EFER_NO_EXECUTE;
+        let wanted = self.reads_wanted();
         let control = &mut self.vmcb.control;
-        control.cr_reads = 1 << 3;
+        control.cr_reads = wanted;
         control.cr_writes = 1 << 3 | 1 << 4;
-        if state.cr0 != self.own.cr0.into() {
-            control.cr_reads |= 1 << 0;
+        if wanted & 1 << 0 != 0 {
             // What the guest sets may be what the processor has already: no change to it.
             control.cr_writes |= 1 << 0;
-        }
-        if state.cr4 != self.own.cr4.into() {
-            control.cr_reads |= 1 << 4;
         }
         if self.quirks.reads_share_cr0 {
             control.cr_reads |= 1 << 0;
         }
+    }
+
+    /// The control registers in which the processor has something else than the guest, one bit for each.
+    fn reads_wanted(&self) -> u16 {
+        let state = &self.vmcb.state;
+        let differs = |real: u64, own: u32| u16::from(real != u64::from(own));
+        1 << 3 | differs(state.cr0, self.own.cr0) | differs(state.cr4, self.own.cr4) << 4
     }
 }
