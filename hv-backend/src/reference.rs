@@ -15,6 +15,7 @@ mod transport;
 #[cfg(target_arch = "x86")]
 pub use transport::cpuid;
 
+use crate::update::contains;
 use crate::{CallNumber, Failure, Hypervisor, Vendor};
 use core::fmt;
 use interface::{BASE, BATCH_LIMIT, Features, LEAF_GRANT, LEAF_INTERFACE, Status, is_understood};
@@ -99,6 +100,12 @@ impl Reference {
         // Whoever stops does not leave work behind.
         number::Halt, number::Shutdown, number::Reboot,
     ];
+
+    /// Whether a call is one of [`Self::SERVED`].
+    #[must_use]
+    pub const fn is_served(call: CallNumber) -> bool {
+        contains(Self::SERVED, call)
+    }
 
     /// The transport to a hypervisor, from its CPUID leaves.
     ///

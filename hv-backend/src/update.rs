@@ -194,7 +194,7 @@ const INDIFFERENT: &[CallNumber] = &[
     number::GetWallclockTime, number::WallclockUpdated,
 ];
 
-const fn contains(calls: &[CallNumber], call: CallNumber) -> bool {
+pub(crate) const fn contains(calls: &[CallNumber], call: CallNumber) -> bool {
     let mut i = 0;
     while i < calls.len() {
         if calls[i].0 == call.0 {

@@ -17,7 +17,7 @@
 use core::arch::{asm, global_asm, naked_asm};
 use core::mem::{MaybeUninit, offset_of};
 use vmi_abi::flags::LazyMode;
-use vmi_abi::{CALLS_3_0, CallNumber, for_each_call, number};
+use vmi_abi::{CALLS_3_0, for_each_call, number};
 use vmi_hv_backend::reference::interface::{BATCH_LIMIT, GRANT_OFFSET, GRANT_SIGNATURE, Grant};
 use vmi_hv_backend::reference::{Reference, cpuid};
 use vmi_hv_backend::{Backend, Queue, Role, Update, detect};
@@ -57,18 +57,6 @@ pub(crate) const DISTANCE: usize = GRANT_OFFSET + offset_of!(Grant, distance);
 
 /// Offset in the page of the word that says whether a backend is chosen.
 pub(crate) const CHOSEN: usize = offset_of!(State, chosen);
-
-/// Whether the chosen backend serves a call.
-const fn is_served(number: CallNumber) -> bool {
-    let mut i = 0;
-    while i < Reference::SERVED.len() {
-        if Reference::SERVED[i].0 == number.0 {
-            return true;
-        }
-        i += 1;
-    }
-    false
-}
 
 /// `vmi_init`: EAX = 0 where the image can serve the guest, which is where native code can run. Changes ECX, EDX, flags.
 ///
@@ -344,7 +332,7 @@ macro_rules! emit_entries {
                 ".endif",
             )*
             ".popsection",
-            $( const is_served(number::$name) as u8, sym $name, )*
+            $( const Reference::is_served(number::$name) as u8, sym $name, )*
             options(att_syntax),
         );
     };

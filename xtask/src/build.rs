@@ -321,6 +321,7 @@ pub(crate) fn bare_warnings(tools: &Tools) -> Result<Option<String>> {
         let said = String::from_utf8_lossy(&done.stderr);
         if !done.status.success() || said.contains("warning: ") {
             warnings.push_str(said.trim());
+            warnings.push('\n');
         }
     }
     Ok((!warnings.is_empty()).then_some(warnings))

@@ -5,6 +5,7 @@
 
 use bitflags::bitflags;
 use core::mem::size_of;
+use core::ops::Range;
 use static_assertions::const_assert_eq;
 
 /// What leaf [`BASE`] answers in EBX, ECX and EDX.
@@ -113,6 +114,9 @@ statuses! {
     /// Not now; the same may succeed when it is tried again.
     Busy = -8: "busy"
 }
+
+/// Where the hypervisor in `tests/hypervisor` has its own memory. A guest is not owed it: the hostile one looks there.
+pub const OWN_MEMORY: Range<u32> = 0x1000_0000..0x1800_0000;
 
 /// The memory that a ROM wants, a structure in its image directly behind the header: at [`GRANT_OFFSET`].
 ///

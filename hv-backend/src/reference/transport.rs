@@ -46,7 +46,7 @@ impl Backend for Reference {
     }
 
     fn serves(&self, call: CallNumber) -> bool {
-        Self::SERVED.contains(&call)
+        Self::is_served(call)
     }
 
     fn apply(&self, batch: Batch<'_>) -> Result<(), Refusal> {

@@ -21,9 +21,10 @@ use crate::report::{Problems, Report};
 use crate::rom::Rom;
 use crate::workload;
 use core::ops::Range;
+use vmi_hv_backend::reference::interface::OWN_MEMORY;
 
 /// The hypervisor's own memory, hidden from the guest.
-const HIDDEN: Range<u32> = 0x1000_0000..0x1800_0000;
+const HIDDEN: Range<u32> = OWN_MEMORY;
 
 /// Where the machine has neither memory nor devices.
 const NOTHING: Range<u32> = 0x2800_0000..0xb000_0000;

@@ -6,7 +6,7 @@ use crate::canary::Quirks;
 use crate::console::{break_line, line};
 use crate::lend::Lent;
 use crate::loader::Entry;
-use crate::machine::{Machine, OWN};
+use crate::machine::{Machine, OWN, load, store};
 use crate::options::{Options, Paging};
 use crate::report::{self, Ending};
 use crate::svm::{
@@ -433,19 +433,12 @@ struct GuestBus<'a> {
 
 /// Reads what the guest would.
 fn read(machine: &Machine, physical: u64, size: usize) -> u64 {
-    if let Place::Device(base) = machine.place(physical / FRAME) {
-        let pointer = (base + physical % FRAME) as *const u8;
+    let value = match machine.place(physical / FRAME) {
         // SAFETY: mapped, and a device's or the firmware's.
-        return unsafe {
-            match size {
-                1 => pointer.read_volatile().into(),
-                2 => pointer.cast::<u16>().read_unaligned().into(),
-                4 => pointer.cast::<u32>().read_unaligned().into(),
-                _ => pointer.cast::<u64>().read_unaligned(),
-            }
-        };
-    }
-    machine.read(physical, size).unwrap_or(u64::MAX >> (64 - 8 * size))
+        Place::Device(base) => unsafe { load(base + physical % FRAME, size) },
+        _ => machine.read(physical, size),
+    };
+    value.unwrap_or(u64::MAX >> (64 - 8 * size))
 }
 
 impl Bus for GuestBus<'_> {
@@ -461,16 +454,8 @@ impl Bus for GuestBus<'_> {
 
     fn write(&mut self, physical: u64, size: usize, value: u64) {
         if let Place::Device(base) = self.machine.place(physical / FRAME) {
-            let pointer = (base + physical % FRAME) as *mut u8;
             // SAFETY: mapped, and a device's or the firmware's.
-            unsafe {
-                match size {
-                    1 => pointer.write_volatile(value as u8),
-                    2 => pointer.cast::<u16>().write_unaligned(value as u16),
-                    4 => pointer.cast::<u32>().write_unaligned(value as u32),
-                    _ => pointer.cast::<u64>().write_unaligned(value),
-                }
-            }
+            unsafe { store(base + physical % FRAME, size, value) };
         } else if self.machine.write(physical, size, value) && self.count < STORES {
             self.stores[self.count] = (physical, size);
             self.count += 1;

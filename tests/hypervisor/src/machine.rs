@@ -6,10 +6,11 @@ use crate::boot;
 use crate::multiboot::{Loader, Module, Range, USABLE};
 use crate::report::{Ending, give_up};
 use core::mem::{align_of, size_of};
+use vmi_hv_backend::reference::interface::OWN_MEMORY;
 use vmi_hypervisor::memory::{FRAME, Memory, Place};
 
 /// The hypervisor's own memory.
-pub(crate) const OWN: core::ops::Range<u64> = 0x1000_0000..0x1800_0000;
+pub(crate) const OWN: core::ops::Range<u64> = OWN_MEMORY.start as u64..OWN_MEMORY.end as u64;
 
 /// The end of what is mapped, and of what the guest can have.
 pub(crate) const END: u64 = 1 << 32;
@@ -193,32 +194,52 @@ impl Memory for Machine {
             Place::Memory(base) | Place::ReadOnly(base) => base,
             Place::Device(_) | Place::Nothing => return None,
         };
-        let pointer = (base + address % FRAME) as *const u8;
-        // SAFETY: mapped memory within one frame, which no reference covers; of any alignment.
-        unsafe {
-            match size {
-                1 => Some(pointer.read_volatile().into()),
-                2 => Some(pointer.cast::<u16>().read_unaligned().into()),
-                4 => Some(pointer.cast::<u32>().read_unaligned().into()),
-                8 => Some(pointer.cast::<u64>().read_unaligned()),
-                _ => None,
-            }
-        }
+        // SAFETY: mapped memory within one frame, which no reference covers.
+        unsafe { load(base + address % FRAME, size) }
     }
 
     fn write(&self, address: u64, size: usize, value: u64) -> bool {
         let Place::Memory(base) = self.place(address / FRAME) else { return false };
-        let pointer = (base + address % FRAME) as *mut u8;
         // SAFETY: as above, and the guest's to write.
-        unsafe {
-            match size {
-                1 => pointer.write_volatile(value as u8),
-                2 => pointer.cast::<u16>().write_unaligned(value as u16),
-                4 => pointer.cast::<u32>().write_unaligned(value as u32),
-                8 => pointer.cast::<u64>().write_unaligned(value),
-                _ => return false,
-            }
-        }
-        true
+        unsafe { store(base + address % FRAME, size, value) }
     }
+}
+
+/// Reads 1, 2, 4 or 8 bytes of any alignment. None for another size.
+///
+/// # Safety
+///
+/// The machine's memory is mapped there, or a device's.
+pub(crate) unsafe fn load(address: u64, size: usize) -> Option<u64> {
+    let pointer = address as *const u8;
+    // SAFETY: the caller's.
+    unsafe {
+        match size {
+            1 => Some(pointer.read_volatile().into()),
+            2 => Some(pointer.cast::<u16>().read_unaligned().into()),
+            4 => Some(pointer.cast::<u32>().read_unaligned().into()),
+            8 => Some(pointer.cast::<u64>().read_unaligned()),
+            _ => None,
+        }
+    }
+}
+
+/// Stores 1, 2, 4 or 8 bytes of any alignment. False, and nothing is stored, for another size.
+///
+/// # Safety
+///
+/// As for [`load`], and what is stored there is the guest's business.
+pub(crate) unsafe fn store(address: u64, size: usize, value: u64) -> bool {
+    let pointer = address as *mut u8;
+    // SAFETY: the caller's.
+    unsafe {
+        match size {
+            1 => pointer.write_volatile(value as u8),
+            2 => pointer.cast::<u16>().write_unaligned(value as u16),
+            4 => pointer.cast::<u32>().write_unaligned(value as u32),
+            8 => pointer.cast::<u64>().write_unaligned(value),
+            _ => return false,
+        }
+    }
+    true
 }

@@ -4,18 +4,19 @@
 use crate::machine::{Machine, Window};
 use crate::multiboot::Module;
 use crate::report::{Ending, give_up};
+use core::mem::offset_of;
 use core::ops::Range;
 use vmi_abi::header::{LENGTH_UNIT, ROM_SIGNATURE, checksum};
 use vmi_abi::probe::{SCAN_AREA, SCAN_STEP};
-use vmi_hv_backend::reference::interface::{GRANT_OFFSET, GRANT_SIGNATURE};
+use vmi_hv_backend::reference::interface::{GRANT_OFFSET, GRANT_SIGNATURE, Grant};
 use vmi_hypervisor::memory::FRAME;
 
 /// The place that is tried first; QEMU's own ROMs begin at C0000h.
 const PREFERRED: u32 = 0xd_0000;
 
 /// Offsets of the grant's fields.
-const WANTED: usize = GRANT_OFFSET + 4;
-const DISTANCE: usize = GRANT_OFFSET + 8;
+const WANTED: usize = GRANT_OFFSET + offset_of!(Grant, wanted);
+const DISTANCE: usize = GRANT_OFFSET + offset_of!(Grant, distance);
 
 /// Whether a file is a ROM.
 pub(crate) fn is_rom(file: &[u8]) -> bool {

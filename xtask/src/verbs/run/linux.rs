@@ -1,6 +1,6 @@
 //! `cargo xtask run --kernel`.
 
-use crate::hypervisor::{self, Mode, PREFIX};
+use crate::hypervisor::{self, Mode};
 use crate::linux::{self, Below, Boot, Booted};
 use crate::progress::Progress;
 use crate::table::{Align, BAD, Cell, GOOD, Table};
@@ -59,11 +59,6 @@ pub(super) fn run(findings: &Findings, all: &super::Args, kernel: &Path) -> Resu
     for mode in modes {
         let name = mode.map_or("no hypervisor", Mode::name);
         let progress = Progress::start(format!("booting {}, {name}", build::shown(kernel)));
-        let show = |line: &str| match line.strip_prefix(PREFIX) {
-            _ if all.verbose => anstream::eprintln!("{line}"),
-            Some(_) => {}
-            None => progress.at(line),
-        };
         let below = match mode {
             None => Below::Nothing,
             Some(mode) => Below::Hypervisor {
@@ -79,7 +74,7 @@ pub(super) fn run(findings: &Findings, all: &super::Args, kernel: &Path) -> Resu
         if args.initrd.is_some() {
             boot.marker = None;
         }
-        boots.push((name, boot.run(show)?));
+        boots.push((name, boot.run(all.shows(&progress))?));
     }
     if all.json {
         println!("{}", serde_json::to_string_pretty(&json(&boots))?);

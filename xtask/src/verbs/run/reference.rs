@@ -3,7 +3,7 @@
 use super::{Tried, closing, failures, table};
 use crate::build;
 use crate::conformance::{Client, Subject};
-use crate::hypervisor::{self, Comparison, Hosted, Mode, PREFIX, Paging, Setup, Task};
+use crate::hypervisor::{self, Comparison, Hosted, Mode, Paging, Setup, Task};
 use crate::progress::Progress;
 use crate::qemu::Attachment;
 use crate::table::{Align, BAD, Cell, DIM, GOOD, HEAD, Table};
@@ -87,11 +87,6 @@ pub(super) fn run(findings: &Findings, all: &super::Args) -> Result<ExitCode> {
     let mut runs = Vec::new();
     for mode in args.modes() {
         let progress = Progress::start(format!("running the guest, mode {}", mode.name()));
-        let show = |line: &str| match line.strip_prefix(PREFIX) {
-            _ if all.verbose => anstream::eprintln!("{line}"),
-            Some(_) => {}
-            None => progress.at(line),
-        };
         let setup = Setup {
             built: &built,
             rom: all.rom.as_deref(),
@@ -99,7 +94,7 @@ pub(super) fn run(findings: &Findings, all: &super::Args) -> Result<ExitCode> {
             paging: args.paging,
             limit: all.limit(),
         };
-        runs.push(setup.run(args.task(), show)?);
+        runs.push(setup.run(args.task(), all.shows(&progress))?);
     }
     let passes = runs.iter().all(|run| run.complaint().is_none());
     if all.json {
