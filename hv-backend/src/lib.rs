@@ -19,6 +19,7 @@ mod backend;
 mod queue;
 pub mod reference;
 mod update;
+pub mod xen;
 
 pub use backend::{Backend, Failure, InterruptMask, Reason, Refusal};
 pub use queue::{ATTEMPTS, Batch, Queue};
