@@ -2,17 +2,17 @@
 
 pub mod interface;
 
-use crate::update::contains;
 use crate::CallNumber;
+use crate::update::contains;
+
+/// Bytes of memory for all that is remembered; the last page of them is the loader's [`interface::Placement`].
+pub const MEMORY: u32 = 4 * interface::PAGE_SIZE;
 
 /// The transport to Xen.
 #[derive(Debug)]
 pub struct Xen;
 
 impl Xen {
-    /// Bytes of memory for all that is remembered; the last page of them is the loader's [`interface::Placement`].
-    pub const MEMORY: u32 = 4 * interface::PAGE_SIZE;
-
     /// The calls that are served.
     pub const SERVED: &[CallNumber] = &[];
 

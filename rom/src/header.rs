@@ -16,7 +16,11 @@ use vmi_abi::header::{
 };
 
 #[cfg(feature = "reference")]
-use crate::reference::{GRANT, vmi_init};
+use crate::reference::GRANT;
+#[cfg(all(feature = "reference", not(feature = "xen")))]
+use crate::reference::vmi_init;
+#[cfg(feature = "xen")]
+use crate::xen::vmi_init;
 #[cfg(not(feature = "reference"))]
 use vmi_native_backend::calls::initialize as vmi_init;
 

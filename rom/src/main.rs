@@ -7,6 +7,7 @@
 //! - `processors`: the part of it that finds out whether call sites may be rewritten,
 //! - `table`: `get_reloc` of revision 3.0 and its table, made from the declaration of the calls,
 //! - `reference`: the backend for the reference hypervisor, its memory and its entries,
+//! - `xen`: the same for Xen,
 //! - `slots`: what revision 13.x has in its place,
 //! - `linked`: the names under which a kernel links to the calls.
 //!
@@ -24,10 +25,18 @@ macro_rules! backends {
 }
 
 /// The backends, as firmware and guest print them.
-#[cfg(all(target_os = "none", feature = "reference"))]
+#[cfg(all(target_os = "none", feature = "reference", not(feature = "xen")))]
 macro_rules! backends {
     () => {
         "native and reference backends"
+    };
+}
+
+/// The backends, as firmware and guest print them.
+#[cfg(all(target_os = "none", feature = "xen"))]
+macro_rules! backends {
+    () => {
+        "native, reference and Xen backends"
     };
 }
 
@@ -46,6 +55,8 @@ mod reference;
 mod slots;
 #[cfg(all(target_os = "none", not(feature = "slots")))]
 mod table;
+#[cfg(all(target_os = "none", feature = "xen"))]
+mod xen;
 
 /// The revision of the interface that this image serves.
 #[cfg(target_os = "none")]

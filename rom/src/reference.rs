@@ -35,7 +35,7 @@ vmi_hv_backend::backends! {
 /// What the granted page holds. Zeroes are a page in which nothing is chosen.
 #[repr(C)]
 struct State {
-    /// Not zero once a backend is chosen.
+    /// Which backend is chosen; 0: none yet.
     chosen: u32,
     /// What waits for it.
     queue: Queue<{ BATCH_LIMIT as usize }>,
@@ -49,8 +49,19 @@ const _: () = assert!(
 );
 const _: () = assert!(size_of::<State>() <= Reference::LIMIT as usize);
 
+/// Bytes of memory that the backends of this image want, of which one will be chosen.
+#[cfg(not(feature = "xen"))]
+const MEMORY: u32 = Reference::MEMORY;
+#[cfg(feature = "xen")]
+use vmi_hv_backend::xen::MEMORY;
+
+const _: () = assert!(MEMORY >= Reference::MEMORY);
+
 /// The image's [`Grant`], without the distance.
-pub(crate) const GRANT: [u32; 2] = [GRANT_SIGNATURE, Reference::MEMORY];
+pub(crate) const GRANT: [u32; 2] = [GRANT_SIGNATURE, MEMORY];
+
+/// What [`State::chosen`] says where this backend is chosen.
+const REFERENCE: u32 = 1;
 
 /// Offset in the image of the page's distance.
 pub(crate) const DISTANCE: usize = GRANT_OFFSET + offset_of!(Grant, distance);
@@ -97,7 +108,7 @@ extern "fastcall" fn choose(state: *mut State) {
     }
     if let Some(transport) = Transport::choose(&detect(cpuid)) {
         state.transport.write(transport);
-        state.chosen = 1;
+        state.chosen = REFERENCE;
     }
 }
 

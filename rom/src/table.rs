@@ -14,6 +14,11 @@ use crate::reference::{CHOSEN, DISTANCE};
 #[cfg(not(feature = "reference"))]
 use unplaced::{CHOSEN, DISTANCE};
 
+#[cfg(feature = "xen")]
+use crate::xen::XEN;
+#[cfg(not(feature = "xen"))]
+const XEN: u32 = 0;
+
 /// An image without backends to choose from reads neither.
 #[cfg(not(feature = "reference"))]
 mod unplaced {
@@ -104,6 +109,24 @@ macro_rules! emit_table {
             ".endif",
             "cmpl ${count}, %eax",
             "jae 2f",
+            // On Xen no other backend's code runs: a call that its own does not serve is answered NONE.
+            ".if {has_xen}",
+            "pushl %edx",
+            "movl (rom_start - 1b + {distance})(%ecx), %edx",
+            "cmpl $1, %edx", // Not placed: neither equal nor above.
+            "jb 6f",
+            "cmpl ${xen}, (rom_start - 1b + {chosen})(%ecx, %edx)",
+            "6: popl %edx",
+            "jne 7f",
+            "leal (xen_entries - 1b)(%ecx, %eax, 4), %ecx",
+            "movl (%ecx), %eax",
+            "testl %eax, %eax",
+            "jz 2f",
+            "addl %ecx, %eax",
+            "movl ${call_rel}, %edx",
+            "retl",
+            "7:",
+            ".endif",
             // A backend that was chosen has code of its own for some calls. Its page is there if the image was
             // placed, and begins with whether one was chosen.
             ".if {has_backends}",
@@ -158,6 +181,8 @@ macro_rules! emit_table {
             is_linked = const cfg!(feature = "linked") as u8,
             never = const SiteRule::Never as u8,
             has_backends = const cfg!(feature = "reference") as u8,
+            has_xen = const cfg!(feature = "xen") as u8,
+            xen = const XEN,
             distance = const DISTANCE,
             chosen = const CHOSEN,
             call_rel = const RelocationType::CALL_REL.0,

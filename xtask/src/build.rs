@@ -45,7 +45,7 @@ const BARE_PACKAGES: [&str; 16] = [
     "--package",
     "vmi-linux-init",
     "--features",
-    "vmi-rom/reference",
+    "vmi-rom/xen",
 ];
 
 /// Two addresses that have few bits in common: the second is where Linux sees an option ROM.
@@ -98,6 +98,8 @@ pub enum Form {
     Lookup(Bind),
     /// Revision 3.0 as [`Bind::Rewrite`], with the backend for the reference hypervisor beside the native one.
     Reference,
+    /// The same, with the backend for Xen too: the image for every platform.
+    Hypervisors,
     /// Revision 3.0 with every routine, for a kernel to link: see [`crate::link`].
     Linked,
     /// Revision 13.0: slots.
@@ -111,7 +113,7 @@ impl Form {
     #[must_use]
     pub const fn revision(self) -> Revision {
         match self {
-            Self::Lookup(_) | Self::Reference | Self::Linked => REVISION_3_0,
+            Self::Lookup(_) | Self::Reference | Self::Hypervisors | Self::Linked => REVISION_3_0,
             Self::Slots13_0 => REVISION_13_0,
             Self::Slots13_3 => REVISION_13_3,
         }
@@ -125,6 +127,7 @@ impl Form {
             Self::Lookup(Bind::Fastest) => "vmi-native-fastest",
             Self::Lookup(Bind::Call) => "vmi-native-call",
             Self::Reference => "vmi-reference",
+            Self::Hypervisors => "vmi",
             Self::Linked => "vmi-native-linked",
             Self::Slots13_0 => "vmi-13.0-native",
             Self::Slots13_3 => "vmi-13.3-native",
@@ -138,6 +141,7 @@ impl Form {
             Self::Lookup(Bind::Fastest) => None,
             Self::Lookup(Bind::Call) => Some("bind-call"),
             Self::Reference => Some("reference"),
+            Self::Hypervisors => Some("xen"),
             Self::Linked => Some("linked"),
             Self::Slots13_0 => Some("revision-13-0"),
             Self::Slots13_3 => Some("revision-13-3"),
@@ -150,6 +154,7 @@ impl Form {
         match self {
             Self::Slots13_0 | Self::Slots13_3 => SLOT_TABLE_SIZE,
             Self::Reference => image::REFERENCE_LIMIT,
+            Self::Hypervisors => image::HYPERVISORS_LIMIT,
             Self::Lookup(_) | Self::Linked => image::NATIVE_LIMIT,
         }
     }

@@ -26,6 +26,9 @@ pub const NATIVE_LIMIT: usize = 8 * 1024;
 /// The most bytes that the image with native and reference backends may have.
 pub const REFERENCE_LIMIT: usize = 16 * 1024;
 
+/// The most bytes that the image with all backends may have.
+pub const HYPERVISORS_LIMIT: usize = 32 * 1024;
+
 /// The section that becomes the image; see `linker.ld`.
 const SECTION: &str = ".rom";
 

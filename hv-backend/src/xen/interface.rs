@@ -299,8 +299,6 @@ pub mod vcpu {
 
 /// `physdev_op(command, argument)`.
 pub mod physdev {
-    #![expect(missing_docs, reason = "each is Xen's name for it")]
-
     /// Argument: pointer to a word with the level, 0 to 3.
     pub const SET_IOPL: u32 = 6;
     /// Argument: pointer to a word with the physical interrupt.
@@ -309,8 +307,6 @@ pub mod physdev {
 
 /// `memory_op(command, argument)`.
 pub mod memory {
-    #![expect(missing_docs, reason = "each is Xen's name for it")]
-
     /// Argument: pointer to [`super::MachphysMapping`].
     pub const MACHPHYS_MAPPING: u32 = 12;
     /// Argument: pointer to the number of entries and the address of the buffer. The memory that the guest may use.

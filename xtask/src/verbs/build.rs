@@ -61,6 +61,8 @@ enum BackendName {
     Native,
     /// The reference hypervisor: target/rom/vmi-reference.rom, native on everything else.
     Reference,
+    /// Xen and the reference hypervisor: target/rom/vmi.rom, native on everything else.
+    Xen,
 }
 
 /// Reads `VENDOR:DEVICE`.
@@ -134,19 +136,25 @@ fn forms(args: &Args) -> Result<Vec<Form>> {
                 "--backends is for revision 3.0: the images of 13.x have the native backend only"
             );
         }
-        let has_reference = args.backends.contains(&BackendName::Reference);
-        let form = if has_reference { Form::Reference } else { Form::Lookup(Bind::Rewrite) };
+        let form = if args.backends.contains(&BackendName::Xen) {
+            Form::Hypervisors
+        } else if args.backends.contains(&BackendName::Reference) {
+            Form::Reference
+        } else {
+            Form::Lookup(Bind::Rewrite)
+        };
         return Ok(vec![form]);
     }
     let kinds = args.bind.unwrap_or(Binding::All).kinds();
     let lookup = || kinds.iter().copied().map(Form::Lookup);
     Ok(match (args.api.unwrap_or(Api::All), args.bind) {
-        (Api::Lookup, None) => lookup().chain([Form::Reference]).collect(),
+        (Api::Lookup, None) => lookup().chain([Form::Reference, Form::Hypervisors]).collect(),
         (Api::Lookup, Some(_)) => lookup().collect(),
         (Api::Slots13_0, None) => vec![Form::Slots13_0],
         (Api::Slots13_3, None) => vec![Form::Slots13_3],
         (Api::All, None) => {
-            lookup().chain([Form::Reference, Form::Slots13_0, Form::Slots13_3]).collect()
+            let others = [Form::Reference, Form::Hypervisors, Form::Slots13_0, Form::Slots13_3];
+            lookup().chain(others).collect()
         }
         // Whoever chooses answers means the revision that has them.
         (Api::All, Some(_)) => lookup().collect(),
@@ -252,7 +260,7 @@ fn sum(bytes: &[u8]) -> Cell {
 fn answers(form: Form) -> String {
     let bind = match form {
         Form::Lookup(bind) => bind,
-        Form::Reference => Bind::Rewrite,
+        Form::Reference | Form::Hypervisors => Bind::Rewrite,
         _ => return format!("{} slots", form.revision().calls().count()),
     };
     let kinds = [
@@ -291,10 +299,10 @@ mod tests {
         let names = |api, bind| -> Vec<&str> {
             asked(api, bind).expect("sensible").into_iter().map(Form::name).collect()
         };
-        assert_eq!(names(Api::All, None).len(), 6);
+        assert_eq!(names(Api::All, None).len(), 7);
         assert_eq!(names(Api::All, Some(Binding::Call)), ["vmi-native-call"]);
         assert_eq!(names(Api::Lookup, Some(Binding::Rewrite)), ["vmi-native"]);
-        assert_eq!(names(Api::Lookup, None).len(), 4);
+        assert_eq!(names(Api::Lookup, None).len(), 5);
         assert_eq!(names(Api::Slots13_0, None), ["vmi-13.0-native"]);
         assert_eq!(names(Api::Slots13_3, None), ["vmi-13.3-native"]);
         let with = |api, backends: &[BackendName]| {
@@ -304,6 +312,8 @@ mod tests {
         let both = [BackendName::Native, BackendName::Reference];
         assert_eq!(with(None, &both).expect("sensible"), [Form::Reference]);
         assert_eq!(with(Some(Api::Lookup), &both).expect("sensible"), [Form::Reference]);
+        let all = [BackendName::Native, BackendName::Reference, BackendName::Xen];
+        assert_eq!(with(None, &all).expect("sensible"), [Form::Hypervisors]);
         assert_eq!(with(None, &both[..1]).expect("sensible"), [Form::Lookup(Bind::Rewrite)]);
         for api in [Api::Slots13_0, Api::Slots13_3] {
             assert!(asked(api, Some(Binding::All)).is_err());
