@@ -31,6 +31,7 @@ pub mod hypervisor;
 pub mod image;
 pub mod inspect;
 pub mod iso;
+pub mod kvm;
 pub mod link;
 pub mod linux;
 pub mod progress;

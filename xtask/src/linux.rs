@@ -9,11 +9,11 @@ use std::time::Duration;
 use vmi_hv_backend::reference::interface::Counters;
 
 /// What the first program's last line starts with, if all went well.
-const MARKER: &str = "linux: all ";
+pub(crate) const MARKER: &str = "linux: all ";
 
 /// What the kernel is told before the words for its first program: its console, and not to test its own ciphers, which takes a third
 /// of a boot.
-const COMMAND_LINE: &str = "console=ttyS0 cryptomgr.notests";
+pub(crate) const COMMAND_LINE: &str = "console=ttyS0 cryptomgr.notests";
 
 /// Where the initramfs lands.
 #[must_use]
@@ -34,18 +34,56 @@ pub fn initramfs(tools: &Tools) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// An archive in the "new ASCII" format of cpio, which Linux unpacks as its first file system: console and zeros as devices, an
-/// empty folder for /proc, the program.
+/// The initramfs of our first program: console and zeros as devices, an empty folder for /proc, the program.
 #[must_use]
 pub fn archive(program: &[u8]) -> Vec<u8> {
-    const FOLDER: u32 = 0o040_755;
-    const DEVICE: u32 = 0o020_600;
-    const PROGRAM: u32 = 0o100_755;
-    let mut archive = Vec::new();
-    let mut number = 0;
-    let mut add = |name: &str, mode: u32, device: (u32, u32), bytes: &[u8]| {
-        number += 1;
-        let length = bytes.len() as u32;
+    let mut archive = Archive::default();
+    archive.folder("dev");
+    archive.device("dev/console", (5, 1));
+    archive.device("dev/zero", (1, 5));
+    archive.folder("proc");
+    archive.program("init", program);
+    archive.finish()
+}
+
+/// An archive in the "new ASCII" format of cpio, which Linux unpacks as its first file system.
+#[derive(Debug, Default)]
+pub(crate) struct Archive {
+    bytes: Vec<u8>,
+    entries: u32,
+}
+
+impl Archive {
+    /// An empty folder.
+    pub(crate) fn folder(&mut self, name: &str) {
+        self.add(name, 0o040_755, (0, 0), &[]);
+    }
+
+    /// A character device.
+    pub(crate) fn device(&mut self, name: &str, number: (u32, u32)) {
+        self.add(name, 0o020_600, number, &[]);
+    }
+
+    /// A file that can be executed.
+    pub(crate) fn program(&mut self, name: &str, bytes: &[u8]) {
+        self.add(name, 0o100_755, (0, 0), bytes);
+    }
+
+    /// Any other file.
+    pub(crate) fn file(&mut self, name: &str, bytes: &[u8]) {
+        self.add(name, 0o100_644, (0, 0), bytes);
+    }
+
+    /// The archive.
+    pub(crate) fn finish(mut self) -> Vec<u8> {
+        self.add("TRAILER!!!", 0, (0, 0), &[]);
+        self.bytes
+    }
+
+    fn add(&mut self, name: &str, mode: u32, device: (u32, u32), bytes: &[u8]) {
+        self.entries += 1;
+        let (number, length) = (self.entries, bytes.len() as u32);
+        let archive = &mut self.bytes;
         archive.extend(b"070701");
         // The fields of a header: inode, mode, owner, group, links, time, bytes, the device it lies on, the device it is, bytes of the
         // name with its end, a sum that this format does not use.
@@ -59,14 +97,7 @@ pub fn archive(program: &[u8]) -> Vec<u8> {
         archive.resize(archive.len().next_multiple_of(4), 0);
         archive.extend(bytes);
         archive.resize(archive.len().next_multiple_of(4), 0);
-    };
-    add("dev", FOLDER, (0, 0), &[]);
-    add("dev/console", DEVICE, (5, 1), &[]);
-    add("dev/zero", DEVICE, (1, 5), &[]);
-    add("proc", FOLDER, (0, 0), &[]);
-    add("init", PROGRAM, (0, 0), program);
-    add("TRAILER!!!", 0, (0, 0), &[]);
-    archive
+    }
 }
 
 /// What lies below Linux.

@@ -2,7 +2,7 @@
 
 use crate::artifacts;
 use crate::build::{self, Tools};
-use crate::debian;
+use crate::debian::{self, Flavour};
 use crate::table::{BAD, GOOD, HEAD};
 use crate::toolchain::{Findings, Need};
 use anyhow::{Context, Result};
@@ -53,7 +53,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         .is_ok();
     totals.add(is_built);
     step("kernels for guests");
-    let are_there = debian::fetch().inspect_err(|error| anstream::eprintln!("{error:#}")).is_ok();
+    let are_there = debian::fetch(&Flavour::GUESTS)
+        .inspect_err(|error| anstream::eprintln!("{error:#}"))
+        .is_ok();
     totals.add(are_there);
     tests(args.filter.as_deref(), &mut totals)?;
 
