@@ -11,7 +11,7 @@ use xtask::tap::WorkloadLine;
 fn passes(mode: Mode, paging: Paging, task: Task) -> Result<Hosted> {
     let built = hypervisor::ensure()?;
     let limit = Duration::from_secs(180);
-    let hosted = Setup { built, rom: None, mode, paging, limit }.run(task, |_| ())?;
+    let hosted = Setup { built, rom: None, mode, paging, limit, traced: false }.run(task, |_| ())?;
     let run = hosted.run();
     assert_eq!(hosted.complaint(), None, "{}\n{}\n{}", run.command, run.host, run.serial);
     Ok(hosted)
