@@ -9,6 +9,7 @@
 )]
 
 pub mod interface;
+pub mod record;
 #[cfg(target_arch = "x86")]
 mod transport;
 

@@ -1,8 +1,9 @@
 //! Linux as the guest: its first program, the initramfs around it, the runs.
 
 use crate::build::{self, Tools};
-use crate::hypervisor::{self, Built, Mode, PREFIX, Paging};
+use crate::hypervisor::{self, Built, End, Mode, Paging, Watched};
 use crate::qemu::{Machine, Module, Outcome, Run};
+use crate::trace::Record;
 use anyhow::Result;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -135,6 +136,8 @@ pub struct Boot<'a> {
     pub marker: Option<&'a str>,
     /// How long it may take.
     pub limit: Duration,
+    /// Whether the exits are wanted.
+    pub traced: bool,
 }
 
 impl<'a> Boot<'a> {
@@ -147,7 +150,8 @@ impl<'a> Boot<'a> {
         below: Below<'a>,
     ) -> Self {
         let limit = Duration::from_secs(120);
-        Self { emulator, kernel, initrd, append: "", below, marker: Some(MARKER), limit }
+        let (append, marker, traced) = ("", Some(MARKER), false);
+        Self { emulator, kernel, initrd, append, below, marker, limit, traced }
     }
 
     /// The machine.
@@ -179,7 +183,6 @@ impl<'a> Boot<'a> {
                     kernel: Some(built.hypervisor.clone()),
                     modules,
                     append: Some(format!("mode={} paging={}", mode.name(), paging.name())),
-                    host_prefix: Some(PREFIX.into()),
                     ..machine
                 }
             }
@@ -192,9 +195,14 @@ impl<'a> Boot<'a> {
     ///
     /// The machine cannot be run at all.
     pub fn run(&self, progress: impl Fn(&str)) -> Result<Booted> {
-        let run = self.machine().follow(self.emulator, progress)?;
-        let counters = hypervisor::counters(&run.host);
-        Ok(Booted { run, counters })
+        let (machine, may_power_off) = (self.machine(), self.marker.is_none());
+        if matches!(self.below, Below::Nothing) {
+            let run = machine.follow(self.emulator, progress)?;
+            return Ok(Booted { run, counters: None, record: None, end: None, may_power_off });
+        }
+        let Watched { run, counters, record, end } =
+            Watched::follow(machine, self.emulator, self.traced, progress)?;
+        Ok(Booted { run, counters, record, end: Some(end), may_power_off })
     }
 }
 
@@ -205,6 +213,12 @@ pub struct Booted {
     pub run: Run,
     /// What the hypervisor counted.
     pub counters: Option<Counters>,
+    /// The exits, if they were wanted.
+    pub record: Option<Record>,
+    /// How it ended on the hypervisor.
+    pub end: Option<End>,
+    /// Whether to switch the machine off is as good an end as the exit device.
+    may_power_off: bool,
 }
 
 impl Booted {
@@ -212,6 +226,15 @@ impl Booted {
     #[must_use]
     pub fn passed(&self) -> bool {
         self.run.outcome == Outcome::Passed
+            || (self.may_power_off && self.end == Some(End::PowerOff))
+    }
+
+    /// Why it did not; nothing if it did.
+    #[must_use]
+    pub fn complaint(&self) -> Option<String> {
+        let outcome = &self.run.outcome;
+        let by_end = || self.end.and_then(|end| end.complaint(outcome));
+        (!self.passed()).then(|| by_end().unwrap_or_else(|| outcome.to_string()))
     }
 
     /// How many tests of our first program's passed.
@@ -225,14 +248,15 @@ impl Booted {
     /// The last lines on the serial port, for whoever wants to know why not.
     #[must_use]
     pub fn last_lines(&self) -> String {
-        let lines: Vec<&str> = self
-            .run
-            .serial
-            .lines()
-            .chain(self.run.host.lines())
-            .filter(|line| !line.trim().is_empty())
-            .collect();
-        lines[lines.len().saturating_sub(40)..].join("\n")
+        const LINES: usize = 24;
+        let lines: Vec<&str> =
+            self.run.serial.lines().filter(|line| !line.trim().is_empty()).collect();
+        let mut text = lines[lines.len().saturating_sub(LINES)..].join("\n");
+        if !self.run.host.is_empty() {
+            text.push_str("\n  the hypervisor's last lines:\n");
+            text.push_str(&hypervisor::last_words(&self.run.host));
+        }
+        text
     }
 }
 

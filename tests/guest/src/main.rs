@@ -18,6 +18,7 @@
 //! - `hypervisor`: the reference hypervisor below, where there is one,
 //! - `workload`: what a kernel does to page tables all day, and what that costs under the hypervisor,
 //! - `hostile`: what no guest should do to that hypervisor,
+//! - `fate`: bad ends, for the hypervisor to tell of,
 //! - `functions`: the functions that `vmi-abi` makes of the calls,
 //! - `checks`: one function for each call, under the specification's name.
 
@@ -39,6 +40,8 @@ mod costs;
 mod crowd;
 #[cfg(target_os = "none")]
 mod devices;
+#[cfg(target_os = "none")]
+mod fate;
 #[cfg(target_os = "none")]
 mod functions;
 #[cfg(target_os = "none")]

@@ -16,7 +16,9 @@ use crate::rom::{self, Rom};
 use crate::session::Session;
 use crate::site::{self, Place, Rewriting};
 use crate::traps;
-use crate::{checks, command_line, console, costs, crowd, devices, functions, segments, workload};
+use crate::{
+    checks, command_line, console, costs, crowd, devices, fate, functions, segments, workload,
+};
 use vmi_abi::flags::RebootKind;
 use vmi_abi::header::checksum;
 use vmi_abi::probe::{Refusal, license};
@@ -140,6 +142,9 @@ fn first_start(client: Client) -> ! {
     );
     if command_line::has("rewrite-sites") {
         rom.allow_rewriting();
+    }
+    if let Some(name) = command_line::value("end") {
+        fate::meet(name)
     }
     if command_line::has("workload") {
         run_in_each_mode(report, space, rom, workload::run)

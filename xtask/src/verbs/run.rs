@@ -5,12 +5,12 @@ mod reference;
 
 use crate::artifacts::{self, Artifacts};
 use crate::conformance::{self, CallSummary, Client, Conformance, Cost, Subject};
-use crate::hypervisor::PREFIX;
 use crate::progress::Progress;
 use crate::qemu::{Attachment, Machine, Model};
 use crate::table::{Align, BAD, Cell, DIM, GOOD, HEAD, Table};
 use crate::tap::Verdict;
 use crate::toolchain::Need;
+use crate::verbs::boots::shows;
 use anyhow::Result;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -76,18 +76,6 @@ impl Args {
         let is_long = self.reference.on.is_some() || self.linux.kernel.is_some();
         Duration::from_secs(self.limit.unwrap_or(if is_long { 300 } else { 60 }))
     }
-
-    /// What shows each line of the serial port as it comes, or the guest's last one as progress.
-    fn shows<'a>(&self, progress: &'a Progress) -> impl Fn(&str) + use<'a> {
-        let verbose = self.verbose;
-        move |line| {
-            if verbose {
-                anstream::eprintln!("{line}");
-            } else if !line.starts_with(PREFIX) {
-                progress.at(line);
-            }
-        }
-    }
 }
 
 /// What was tried, and what came of it.
@@ -149,7 +137,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             machine.model,
             machine.cpu
         ));
-        let show = args.shows(&progress);
+        let show = shows(args.verbose, &progress);
         let result = conformance::check(&built.emulator, &built.guest, &subject, &machine, show)?;
         drop(progress);
         tried.push(Tried { subject, result });
