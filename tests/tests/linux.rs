@@ -10,6 +10,7 @@ use vmi_hv_backend::reference::interface::Counters;
 use xtask::build::Tools;
 use xtask::debian::{self, Flavour};
 use xtask::hypervisor::{self, Mode, Paging};
+use xtask::kvm;
 use xtask::linux::{self, Below, Boot, Booted};
 use xtask::qemu::Outcome;
 use xtask::toolchain::Findings;
@@ -92,6 +93,28 @@ fn a_kernel_runs_on_nested_tables_and_hardly_exits() -> Result<()> {
 fn a_kernel_without_vmi_leaves_the_image_alone() -> Result<()> {
     let counters = pass(Flavour::I686, Mode::VmiBatched, Paging::Nested)?;
     ensure!(counters.hypercalls == 0, "{counters:?}");
+    Ok(())
+}
+
+/// What the reference hypervisor is compared with: KVM, with shadow paging too, in QEMU's translator.
+#[test]
+fn the_same_kernel_runs_under_kvm_and_its_exits_are_counted() -> Result<()> {
+    let host = kvm::Host::build(&Findings::gather())?;
+    let kernel = debian::kernel(Flavour::I686)?;
+    let guest = kvm::Guest::tests(&kernel, initramfs()?, Paging::Shadow);
+    let hosted = host.run(&kvm::Guest { append: "-- only=fork", ..guest }, |_| {})?;
+    let run = &hosted.run;
+    ensure!(
+        hosted.passed(),
+        "{}\n{}\n{}\n{}",
+        run.outcome,
+        run.command,
+        run.last_lines(),
+        run.host
+    );
+    let counted = |name: &str| hosted.statistics.get(name).copied().unwrap_or_default();
+    // With nested paging there would be neither.
+    ensure!(counted("mmu_pte_write") > 0 && counted("pf_guest") > 0, "{:?}", hosted.statistics);
     Ok(())
 }
 

@@ -46,6 +46,9 @@ impl Flavour {
     /// Those for guests.
     pub const GUESTS: [Self; 2] = [Self::I686, Self::I686Pae];
 
+    /// All that the tests boot.
+    pub const ALL: [Self; 3] = [Self::I686, Self::I686Pae, Self::CloudAmd64];
+
     /// As in the names of packages.
     #[must_use]
     pub const fn name(self) -> &'static str {

@@ -242,7 +242,15 @@ impl Setup<'_> {
                 .context("the hypervisor was not run")?;
         let wants_linked = self.mode == Mode::Trap;
         let conformance = Conformance::of(run, Client::Lookup, wants_linked, steady_time);
-        Ok(Hosted { task, mode: self.mode, paging: self.paging, conformance, counters, record, end })
+        Ok(Hosted {
+            task,
+            mode: self.mode,
+            paging: self.paging,
+            conformance,
+            counters,
+            record,
+            end,
+        })
     }
 }
 

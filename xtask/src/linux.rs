@@ -248,10 +248,7 @@ impl Booted {
     /// The last lines on the serial port, for whoever wants to know why not.
     #[must_use]
     pub fn last_lines(&self) -> String {
-        const LINES: usize = 24;
-        let lines: Vec<&str> =
-            self.run.serial.lines().filter(|line| !line.trim().is_empty()).collect();
-        let mut text = lines[lines.len().saturating_sub(LINES)..].join("\n");
+        let mut text = self.run.last_lines();
         if !self.run.host.is_empty() {
             text.push_str("\n  the hypervisor's last lines:\n");
             text.push_str(&hypervisor::last_words(&self.run.host));

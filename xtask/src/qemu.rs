@@ -226,6 +226,16 @@ pub struct Run {
     pub command: String,
 }
 
+impl Run {
+    /// The last lines on the serial port, for whoever wants to know why not.
+    #[must_use]
+    pub fn last_lines(&self) -> String {
+        const LINES: usize = 24;
+        let lines: Vec<&str> = self.serial.lines().filter(|line| !line.trim().is_empty()).collect();
+        lines[lines.len().saturating_sub(LINES)..].join("\n")
+    }
+}
+
 /// A machine could not be run at all.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {

@@ -42,7 +42,10 @@ impl Record {
             Ok(u64::from_le_bytes(bytes))
         };
         let [signature, count, started, _] = [word()?, word()?, word()?, word()?];
-        ensure!(signature == SIGNATURE, "the hypervisor did not start: there is no record of exits");
+        ensure!(
+            signature == SIGNATURE,
+            "the hypervisor did not start: there is no record of exits"
+        );
         let (kept, mut places) = (count.min(PLACES), Vec::new());
         for _ in 0..kept {
             let mut bytes = [0; size_of::<Exit>()];
@@ -180,13 +183,23 @@ fn one(events: &mut Events<impl Write>, name: &str, record: &Record) -> Result<(
         events.span(Track::Exits, exit.name(), (at, at + spent), args)?;
         if exit.updates != 0 {
             let name = format!("{} updates", exit.updates);
-            events.span(Track::Batches, &name, (at, at + spent), json!({ "updates": exit.updates }))?;
+            events.span(
+                Track::Batches,
+                &name,
+                (at, at + spent),
+                json!({ "updates": exit.updates }),
+            )?;
         }
         match space {
             Some((known, _)) if known == exit.cr3 => {}
             _ => {
                 if let Some((known, since)) = space {
-                    events.span(Track::Spaces, &format!("CR3 {known:#010x}"), (since, at), json!({}))?;
+                    events.span(
+                        Track::Spaces,
+                        &format!("CR3 {known:#010x}"),
+                        (since, at),
+                        json!({}),
+                    )?;
                 }
                 space = Some((exit.cr3, at));
             }

@@ -22,7 +22,7 @@ pub(super) struct GuestOptions {
     /// Its initramfs, instead of ours with a program that tests the kernel. Then only the end counts: QEMU's exit device, or on the
     /// hypervisor that the machine is switched off.
     #[arg(long, value_name = "FILE", requires = "kernel")]
-    initrd: Option<PathBuf>,
+    pub(super) initrd: Option<PathBuf>,
     /// More words for its command line.
     #[arg(
         long,
@@ -31,7 +31,30 @@ pub(super) struct GuestOptions {
         requires = "kernel",
         allow_hyphen_values = true
     )]
-    append: String,
+    pub(super) append: String,
+}
+
+impl GuestOptions {
+    /// Fails if the kernel or its initramfs is not there.
+    pub(super) fn files_are_there(&self, kernel: &Path) -> Result<()> {
+        are_there([Some(kernel), self.initrd.as_deref()])
+    }
+
+    /// The initramfs: the user's, or ours.
+    pub(super) fn initramfs(&self, findings: &Findings) -> Result<PathBuf> {
+        match &self.initrd {
+            Some(initrd) => Ok(initrd.clone()),
+            None => linux::initramfs(&Tools::from_findings(findings)?),
+        }
+    }
+}
+
+/// Fails if a file is not there.
+fn are_there<const N: usize>(files: [Option<&Path>; N]) -> Result<()> {
+    match files.into_iter().flatten().find(|file| !file.is_file()) {
+        Some(file) => bail!("there is no file {}", file.display()),
+        None => Ok(()),
+    }
 }
 
 /// What is booted, and what is wanted of it.
@@ -68,7 +91,8 @@ pub(super) struct TraceFile<'a> {
 impl<'a> TraceFile<'a> {
     pub(super) fn create(path: Option<&'a Path>) -> Result<Option<Self>> {
         let create = |path: &'a Path| {
-            let file = File::create(path).with_context(|| format!("cannot write {}", path.display()));
+            let file =
+                File::create(path).with_context(|| format!("cannot write {}", path.display()));
             Ok(Self { path, file: file? })
         };
         path.map(create).transpose()
@@ -79,7 +103,8 @@ impl<'a> TraceFile<'a> {
         self,
         runs: impl IntoIterator<Item = (&'r str, Option<&'r Record>)>,
     ) -> Result<()> {
-        let recorded = |(name, record): (&str, Option<&'r Record>)| Some((name.to_owned(), record?));
+        let recorded =
+            |(name, record): (&str, Option<&'r Record>)| Some((name.to_owned(), record?));
         let runs: Vec<(String, &Record)> = runs.into_iter().filter_map(recorded).collect();
         let mut to = BufWriter::new(self.file);
         trace::write(&mut to, &runs)
@@ -88,7 +113,10 @@ impl<'a> TraceFile<'a> {
         for (name, record) in &runs {
             let (there, count) = (record.exits.len(), record.count);
             let lost = if record.lost() == 0 { "" } else { ", the last ones" };
-            anstream::eprintln!("{}: {there} of {count} exits of {name}{lost}", self.path.display());
+            anstream::eprintln!(
+                "{}: {there} of {count} exits of {name}{lost}",
+                self.path.display()
+            );
         }
         Ok(())
     }
@@ -104,17 +132,11 @@ type Named = (&'static str, Booted);
 /// The build fails, a file is missing, or QEMU does not start.
 pub(super) fn boot_all(findings: &Findings, order: &Order<'_>) -> Result<ExitCode> {
     let Order { kernel, guest, .. } = order;
-    for file in [Some(*kernel), guest.initrd.as_deref(), order.rom].into_iter().flatten() {
-        if !file.is_file() {
-            bail!("there is no file {}", file.display());
-        }
-    }
+    guest.files_are_there(kernel)?;
+    are_there([order.rom])?;
     let trace = TraceFile::create(order.trace)?;
     let built = hypervisor::build_all(findings)?;
-    let initrd = match &guest.initrd {
-        Some(initrd) => initrd.clone(),
-        None => linux::initramfs(&Tools::from_findings(findings)?)?,
-    };
+    let initrd = guest.initramfs(findings)?;
     let mut boots: Vec<Named> = Vec::new();
     for mode in &order.modes {
         let name = mode.map_or("no hypervisor", Mode::name);

@@ -1,5 +1,6 @@
 //! `cargo xtask run`.
 
+mod kvm;
 mod linux;
 mod reference;
 
@@ -112,6 +113,9 @@ fn subjects(args: &Args, built: &Artifacts) -> Result<Vec<Subject>> {
 /// Something is missing, the build fails, or QEMU does not start.
 pub fn run(args: &Args) -> Result<ExitCode> {
     let findings = super::setup::provide(Need::RUN)?;
+    if args.reference.on == Some(reference::Host::Kvm) {
+        return kvm::run(&findings, args);
+    }
     if let Some(kernel) = &args.linux.kernel {
         return linux::run(&findings, args, kernel);
     }

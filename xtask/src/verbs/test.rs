@@ -52,10 +52,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         .inspect_err(|error| anstream::eprintln!("{error:#}"))
         .is_ok();
     totals.add(is_built);
-    step("kernels for guests");
-    let are_there = debian::fetch(&Flavour::GUESTS)
-        .inspect_err(|error| anstream::eprintln!("{error:#}"))
-        .is_ok();
+    step("kernels for guests and for KVM");
+    let are_there =
+        debian::fetch(&Flavour::ALL).inspect_err(|error| anstream::eprintln!("{error:#}")).is_ok();
     totals.add(are_there);
     tests(args.filter.as_deref(), &mut totals)?;
 

@@ -15,7 +15,7 @@ pub(super) struct LinuxOptions {
     #[arg(conflicts_with_all = ["no_rom", "bar", "client", "machine", "cpu", "processors", "memory", "costs", "workload", "hostile", "end"])]
     pub(super) kernel: Option<PathBuf>,
     #[command(flatten)]
-    guest: GuestOptions,
+    pub(super) guest: GuestOptions,
 }
 
 /// Runs.

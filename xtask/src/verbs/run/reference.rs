@@ -19,6 +19,8 @@ use std::process::ExitCode;
 pub(super) enum Host {
     /// The reference hypervisor.
     Reference,
+    /// KVM, itself in QEMU's translator: Linux only, to compare with. `setup --kvm` gets its kernel.
+    Kvm,
 }
 
 /// The hypervisor's modes that are tried.
