@@ -244,7 +244,8 @@ fn a_trace_has_what_was_counted() -> Result<()> {
         updates += args["updates"].as_u64().unwrap_or_default();
     }
     let counters = traced.counters.context("counters")?;
-    let counted = tap::named(&counters).take(Counters::EXITS.len()).filter(|(_, count)| *count != 0);
+    let counted =
+        tap::named(&counters).take(Counters::EXITS.len()).filter(|(_, count)| *count != 0);
     assert_eq!(exits, counted.collect());
     assert_eq!(updates, counters.updates);
     assert!(batches > 0 && batches <= counters.hypercalls, "{batches} of {}", counters.hypercalls);

@@ -2,7 +2,11 @@
 //!
 //! Each run is a process of the trace, with tracks for what there was: the guest between its exits, the hypervisor at work on
 //! each exit, hypercalls that carried updates, the guest's address spaces, and what was delivered to the guest. Time is that
-//! of the machine's time-stamp counter.
+//! of the machine's time-stamp counter. [`picture`] draws the same exits for a page.
+
+mod picture;
+
+pub use picture::picture;
 
 use crate::qemu::TICKS_PER_INSTRUCTION;
 use anyhow::{Context, Result, ensure};
@@ -42,7 +46,10 @@ impl Record {
             Ok(u64::from_le_bytes(bytes))
         };
         let [signature, count, started, _] = [word()?, word()?, word()?, word()?];
-        ensure!(signature == SIGNATURE, "the hypervisor did not start: there is no record of exits");
+        ensure!(
+            signature == SIGNATURE,
+            "the hypervisor did not start: there is no record of exits"
+        );
         let (kept, mut places) = (count.min(PLACES), Vec::new());
         for _ in 0..kept {
             let mut bytes = [0; size_of::<Exit>()];
@@ -180,13 +187,23 @@ fn one(events: &mut Events<impl Write>, name: &str, record: &Record) -> Result<(
         events.span(Track::Exits, exit.name(), (at, at + spent), args)?;
         if exit.updates != 0 {
             let name = format!("{} updates", exit.updates);
-            events.span(Track::Batches, &name, (at, at + spent), json!({ "updates": exit.updates }))?;
+            events.span(
+                Track::Batches,
+                &name,
+                (at, at + spent),
+                json!({ "updates": exit.updates }),
+            )?;
         }
         match space {
             Some((known, _)) if known == exit.cr3 => {}
             _ => {
                 if let Some((known, since)) = space {
-                    events.span(Track::Spaces, &format!("CR3 {known:#010x}"), (since, at), json!({}))?;
+                    events.span(
+                        Track::Spaces,
+                        &format!("CR3 {known:#010x}"),
+                        (since, at),
+                        json!({}),
+                    )?;
                 }
                 space = Some((exit.cr3, at));
             }

@@ -34,7 +34,11 @@ fn three_modes_stand_side_by_side() {
     let names: Vec<&str> = boots.iter().filter_map(|boot| boot["below"].as_str()).collect();
     assert_eq!(names, ["trap", "vmi", "vmi-batched"]);
     for boot in boots {
-        assert_eq!((&boot["passes"], &boot["end"], &boot["tests"]), (&true.into(), &"guest".into(), &1.into()), "{boot}");
+        assert_eq!(
+            (&boot["passes"], &boot["end"], &boot["tests"]),
+            (&true.into(), &"guest".into(), &1.into()),
+            "{boot}"
+        );
         // What the issue of a run is: causes, hypercalls, updates, tables.
         for name in ["CR3 write", "hypercall", "updates carried", "tables shadowed"] {
             assert!(boot["counters"][name].is_u64(), "{name}: {boot}");
@@ -44,12 +48,12 @@ fn three_modes_stand_side_by_side() {
     assert!(json["trap/batched"]["exits"].is_f64(), "{json}");
 
     // A process for each mode in the trace, with as many exits as were counted.
-    let trace: Value = serde_json::from_slice(&std::fs::read(&trace).expect("a trace")).expect("JSON");
+    let trace: Value =
+        serde_json::from_slice(&std::fs::read(&trace).expect("a trace")).expect("JSON");
     let events = trace["traceEvents"].as_array().expect("events");
     for (index, boot) in boots.iter().enumerate() {
-        let is_exit = |event: &&Value| {
-            event["pid"] == index + 1 && event["args"]["counted"] == true
-        };
+        let is_exit =
+            |event: &&Value| event["pid"] == index + 1 && event["args"]["counted"] == true;
         let exits = events.iter().filter(is_exit).count() as u64;
         assert_eq!(Some(exits), boot["exits"].as_u64(), "{}", names[index]);
     }
@@ -69,10 +73,15 @@ fn a_mode_that_fails_is_named_beside_those_that_pass() {
     assert_eq!(output.status.code(), Some(67), "{output:?}");
     let shown = text(&output.stdout);
     let heading = shown.lines().next().expect("a heading");
-    assert_eq!(heading.split_whitespace().collect::<Vec<_>>(), ["counter", "trap", "vmi", "vmi-batched"]);
-    let exits: Vec<&str> =
-        shown.lines().nth(1).expect("a row").split_whitespace().collect();
-    assert!(matches!(exits[..], ["exits", count, "-", "-"] if count.parse::<u64>().is_ok()), "{exits:?}");
+    assert_eq!(
+        heading.split_whitespace().collect::<Vec<_>>(),
+        ["counter", "trap", "vmi", "vmi-batched"]
+    );
+    let exits: Vec<&str> = shown.lines().nth(1).expect("a row").split_whitespace().collect();
+    assert!(
+        matches!(exits[..], ["exits", count, "-", "-"] if count.parse::<u64>().is_ok()),
+        "{exits:?}"
+    );
     assert!(shown.contains("trap passes: 1 tests"), "{shown}");
     for mode in ["vmi", "vmi-batched"] {
         let line = format!("{mode} FAILS: bad-arguments: the hypervisor ended it");

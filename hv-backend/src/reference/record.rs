@@ -57,6 +57,15 @@ impl Ending {
 /// What the hypervisor says when the guest switches the machine off.
 pub const POWER_OFF: &str = "the guest powers off";
 
+/// What it says when the guest resets the machine.
+pub const RESET: &str = "the guest resets the machine";
+
+/// How the line begins that says that a guest starts.
+pub const START: &str = "the guest starts at ";
+
+/// How the line begins that says that the guest writes to the exit device.
+pub const OWN_END: &str = "the guest ends itself with ";
+
 /// Where the record lies: the end of the hypervisor's own memory.
 pub const RECORD: Range<u32> = OWN_MEMORY.end - (32 << 20)..OWN_MEMORY.end;
 
@@ -115,8 +124,7 @@ pub const UNCOUNTED: u8 = u8::MAX;
 pub const DELIVERED: u16 = 1 << 15;
 
 /// How many exits the record holds.
-pub const PLACES: u64 =
-    (RECORD.end - RECORD.start) as u64 / size_of::<Exit>() as u64 - Exit::FIRST;
+pub const PLACES: u64 = (RECORD.end - RECORD.start) as u64 / size_of::<Exit>() as u64 - Exit::FIRST;
 
 const_assert!(size_of::<Head>().is_multiple_of(size_of::<Exit>()));
 const_assert!(BATCH_LIMIT <= u8::MAX as u32);
@@ -181,9 +189,8 @@ impl Counters {
         let exits = self.values().into_iter().zip(before.values()).take(Self::EXITS.len());
         let cause = exits.map(changed).position(|changed| changed);
         let needless = self.needless_reads != before.needless_reads;
-        let index = cause.or_else(|| {
-            needless.then_some(offset_of!(Self, needless_reads) / size_of::<u64>())
-        });
+        let index = cause
+            .or_else(|| needless.then_some(offset_of!(Self, needless_reads) / size_of::<u64>()));
         index.map(|index| index as u8)
     }
 }

@@ -40,6 +40,7 @@ pub(crate) fn power_port() -> Option<u16> {
     let root = word(AREA.step_by(STEP).find(is_pointer)? + ROOT);
     let tables = (word(root.checked_add(LENGTH)?).saturating_sub(HEADER_SIZE) / 4).min(TABLES);
     let first = root.checked_add(HEADER_SIZE)?;
-    let fixed = (0..tables).map(|index| word(first + 4 * index)).find(|table| has(*table, FIXED))?;
+    let fixed =
+        (0..tables).map(|index| word(first + 4 * index)).find(|table| has(*table, FIXED))?;
     u16::try_from(word(fixed.checked_add(CONTROL)?)).ok().filter(|port| *port != 0)
 }

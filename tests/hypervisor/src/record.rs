@@ -6,9 +6,7 @@
 use crate::console::line;
 use core::fmt;
 use vmi_hv_backend::reference::interface::Counters;
-use vmi_hv_backend::reference::record::{
-    Exit, Head, NEVER, PLACES, RECORD, SIGNATURE, UNCOUNTED,
-};
+use vmi_hv_backend::reference::record::{Exit, Head, NEVER, PLACES, RECORD, SIGNATURE, UNCOUNTED};
 
 /// Exits that a report shows.
 const LAST: u64 = 16;

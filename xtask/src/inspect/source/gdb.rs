@@ -51,8 +51,7 @@ pub(crate) fn store(
     stub.use_physical_addresses()?;
     let doing = "storing to memory";
     for (address, value) in stores {
-        let digits: String =
-            value.to_le_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
+        let digits: String = value.to_le_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
         let answer = stub.ask(&format!("M{address:x},4:{digits}"), doing)?;
         if answer != b"OK" {
             return Err(WireError::Refused { doing, reason: excerpt(&answer) });
