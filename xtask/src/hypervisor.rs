@@ -14,7 +14,7 @@ use std::process::ExitCode;
 use std::sync::OnceLock;
 use std::time::Duration;
 use vmi_hv_backend::reference::interface::Counters;
-use vmi_hv_backend::reference::record::{Ending, POWER_OFF, STOP};
+use vmi_hv_backend::reference::record::{Ending, OWN_END, POWER_OFF, RESET, START, STOP};
 
 /// What each line of the hypervisor's begins with.
 pub const PREFIX: &str = "hypervisor: ";
@@ -321,7 +321,9 @@ pub enum End {
     PowerOff,
     /// The hypervisor ended it.
     Hypervisor(Ending),
-    /// The machine reset, or QEMU ended: nobody says why.
+    /// The guest reset the machine.
+    Reset,
+    /// QEMU ended, and nobody says why.
     Silent,
     /// The time was over, and the hypervisor did not answer.
     NoAnswer,
@@ -331,16 +333,22 @@ impl End {
     /// Of a run.
     #[must_use]
     pub fn of(run: &Run) -> Self {
-        let said = |text: &str| run.host.lines().any(|line| line.trim_end() == text);
-        let ending = Ending::ALL.iter().find(|ending| said(&format!("ending {}", ending.name())));
-        match ending {
-            Some(ending) => Self::Hypervisor(*ending),
-            None if matches!(run.outcome, Outcome::TimedOut { .. }) => Self::NoAnswer,
-            None if said(POWER_OFF) => Self::PowerOff,
-            None if run.host.lines().any(|line| line.starts_with("the guest ends itself")) => {
-                Self::Guest
-            }
-            None => Self::Silent,
+        let named = |line: &str| {
+            let name = line.strip_prefix("ending ")?;
+            Ending::ALL.iter().copied().find(|ending| ending.name() == name)
+        };
+        let told = run.host.lines().rev().map(str::trim_end).find_map(|line| match line {
+            POWER_OFF => Some(Self::PowerOff),
+            RESET => Some(Self::Reset),
+            _ if line.starts_with(OWN_END) => Some(Self::Guest),
+            // A guest that starts again has not ended yet.
+            _ if line.starts_with(START) => Some(Self::Silent),
+            _ => named(line).map(Self::Hypervisor),
+        });
+        match told.unwrap_or(Self::Silent) {
+            Self::Hypervisor(ending) => Self::Hypervisor(ending),
+            _ if matches!(run.outcome, Outcome::TimedOut { .. }) => Self::NoAnswer,
+            end => end,
         }
     }
 
@@ -351,6 +359,7 @@ impl End {
             Self::Guest => "guest",
             Self::PowerOff => "power-off",
             Self::Hypervisor(ending) => ending.name(),
+            Self::Reset => "reset",
             Self::Silent => "silent",
             Self::NoAnswer => "no-answer",
         }
@@ -364,6 +373,7 @@ impl End {
             Self::Hypervisor(ending) => ending.status(),
             Self::NoAnswer => 79,
             Self::Silent => 81,
+            Self::Reset => 83,
         }
     }
 
@@ -375,6 +385,7 @@ impl End {
             Self::Hypervisor(Ending::TimeLimit) => Some(format!("time-limit: {outcome}")),
             Self::Hypervisor(ending) => Some(format!("{}: the hypervisor ended it", ending.name())),
             Self::NoAnswer => Some(format!("{outcome}, and the hypervisor did not answer")),
+            Self::Reset => Some("the guest reset the machine".to_owned()),
             Self::Silent => Some(outcome.to_string()),
         }
     }
@@ -392,6 +403,7 @@ pub fn exit_code(runs: impl IntoIterator<Item = (bool, End)>) -> ExitCode {
 pub(crate) struct Watched {
     pub(crate) run: Run,
     pub(crate) counters: Option<Counters>,
+    /// None if nobody wanted it, or the hypervisor did not come to its guest.
     pub(crate) record: Option<Record>,
     pub(crate) end: End,
 }
@@ -410,7 +422,11 @@ impl Watched {
         let memory = traced.then(tempfile::NamedTempFile::new).transpose()?;
         machine.memory_file = memory.as_ref().map(|file| file.path().into());
         let run = machine.follow(emulator, progress)?;
-        let record = memory.map(|file| Record::read(file.path())).transpose()?;
+        let read = |file: tempfile::NamedTempFile| {
+            let record = Record::read(file.path());
+            record.inspect_err(|error| log::debug!("{error:#}")).ok()
+        };
+        let record = memory.and_then(read);
         Ok(Self { counters: counters(&run.host), end: End::of(&run), run, record })
     }
 }
@@ -542,7 +558,10 @@ mod tests {
             ("a\nending triple-fault\n", wrong(69), "triple-fault", 69),
             ("ending time-limit\r\n", over(), "time-limit", 77),
             ("ending\n", over(), "no-answer", 79),
-            ("the guest starts\n", wrong(0), "silent", 81),
+            ("the guest ends itself with 0x10\n", over(), "no-answer", 79),
+            ("the guest resets the machine\nthe guest starts at 5\n", wrong(0), "silent", 81),
+            ("", wrong(1), "silent", 81),
+            ("the guest starts at 5\nthe guest resets the machine\n", wrong(0), "reset", 83),
         ] {
             let run = run(host, outcome);
             let end = End::of(&run);

@@ -218,7 +218,7 @@ pub struct Booted {
     /// How it ended on the hypervisor.
     pub end: Option<End>,
     /// Whether to switch the machine off is as good an end as the exit device.
-    may_power_off: bool,
+    pub may_power_off: bool,
 }
 
 impl Booted {

@@ -2,7 +2,11 @@
 //!
 //! Each run is a process of the trace, with tracks for what there was: the guest between its exits, the hypervisor at work on
 //! each exit, hypercalls that carried updates, the guest's address spaces, and what was delivered to the guest. Time is that
-//! of the machine's time-stamp counter.
+//! of the machine's time-stamp counter. [`picture`] draws the same exits for a page.
+
+mod picture;
+
+pub use picture::picture;
 
 use crate::qemu::TICKS_PER_INSTRUCTION;
 use anyhow::{Context, Result, ensure};

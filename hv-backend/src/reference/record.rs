@@ -57,6 +57,15 @@ impl Ending {
 /// What the hypervisor says when the guest switches the machine off.
 pub const POWER_OFF: &str = "the guest powers off";
 
+/// What it says when the guest resets the machine.
+pub const RESET: &str = "the guest resets the machine";
+
+/// How the line begins that says that a guest starts.
+pub const START: &str = "the guest starts at ";
+
+/// How the line begins that says that the guest writes to the exit device.
+pub const OWN_END: &str = "the guest ends itself with ";
+
 /// Where the record lies: the end of the hypervisor's own memory.
 pub const RECORD: Range<u32> = OWN_MEMORY.end - (32 << 20)..OWN_MEMORY.end;
 

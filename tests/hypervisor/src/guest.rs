@@ -3,11 +3,12 @@
 #![expect(unsafe_code, reason = "UNSAFETY: entering the guest, its devices' memory")]
 
 use crate::canary::Quirks;
-use crate::console::{break_line, line};
+use crate::console::{break_line, drain, line};
 use crate::lend::Lent;
 use crate::loader::Entry;
 use crate::machine::{Machine, OWN, load, store};
 use crate::options::{Options, Paging};
+use crate::ports::KEYBOARD_PORT;
 use crate::record::Record;
 use crate::report::{self, Ending};
 use crate::svm::{
@@ -20,7 +21,7 @@ use core::arch::x86_64::{__cpuid, _rdtsc};
 use core::fmt;
 use iced_x86::{Decoder, DecoderOptions, Instruction};
 use vmi_hv_backend::reference::interface::Counters;
-use vmi_hv_backend::reference::record::{DELIVERED, Exit, NEVER};
+use vmi_hv_backend::reference::record::{DELIVERED, Exit, NEVER, START};
 use vmi_hypervisor::emulate::{self, Bus};
 use vmi_hypervisor::memory::{FRAME, Memory, Place};
 use vmi_hypervisor::shadow::{Frame, Page, Shadow, Slot, Storage};
@@ -131,7 +132,7 @@ impl Guest {
             vcpu::use_table(self.vmcb, table);
         }
         let left = self.machine.left() >> 20;
-        line!("the guest starts at {:#x}; {left} MiB are left", entry.eip);
+        line!("{START}{:#x}; {left} MiB are left", entry.eip);
         self.counters = Counters::ZERO;
         self.power_port = crate::acpi::power_port();
         if let Some(port) = self.power_port {
@@ -139,6 +140,7 @@ impl Guest {
             vcpu::intercept_port(port);
             vcpu::intercept_port(port + 1);
         }
+        vcpu::intercept_port(KEYBOARD_PORT);
         self.started = ticks();
         self.exited = self.started;
         self.record.start(self.started);
@@ -430,6 +432,7 @@ impl Guest {
         break_line();
         line!("{reason}");
         report::counters(&self.counters_now());
+        drain();
     }
 
     /// Ends the guest, which did not end itself.

@@ -2,11 +2,10 @@
 
 #![expect(unsafe_code, reason = "UNSAFETY: port I/O")]
 
-use crate::console::drain;
 use crate::guest::Guest;
 use crate::report::{EXIT_PORT, Ending};
 use crate::svm::RAX;
-use vmi_hv_backend::reference::record::POWER_OFF;
+use vmi_hv_backend::reference::record::{OWN_END, POWER_OFF, RESET};
 use x86::io::{inb, inl, inw, outb, outl, outw};
 
 /// The exit's information: an input, a string instruction, the size.
@@ -17,6 +16,11 @@ const WORD: u64 = 1 << 5;
 
 /// In the upper byte of ACPI's control register: sleep.
 const SLEEP_ENABLE: u8 = 1 << 5;
+
+/// The keyboard controller's command port. Commands that pulse its lowest output reset the machine.
+pub(crate) const KEYBOARD_PORT: u16 = 0x64;
+const PULSE: u8 = 0xf0;
+const PULSE_MASK: u8 = 0xf1;
 
 impl Guest {
     /// IN or OUT of such a port, or of ports that it is among.
@@ -47,13 +51,14 @@ impl Guest {
                 (u64::from(offset) < size).then(|| (value >> (8 * offset)) as u8)
             };
             if let Some(value) = written(EXIT_PORT) {
-                self.conclude(format_args!("the guest ends itself with {value:#x}"));
-                drain();
+                self.conclude(format_args!("{OWN_END}{value:#x}"));
             }
             let sleeps = self.power_port.and_then(|port| written(port + 1));
             if sleeps.is_some_and(|value| value & SLEEP_ENABLE != 0) {
                 self.conclude(format_args!("{POWER_OFF}"));
-                drain();
+            }
+            if written(KEYBOARD_PORT).is_some_and(|value| value & PULSE_MASK == PULSE) {
+                self.conclude(format_args!("{RESET}"));
             }
             // SAFETY: as above. Without an exit device nothing happens, and the guest goes on.
             unsafe {

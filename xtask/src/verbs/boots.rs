@@ -103,11 +103,21 @@ impl<'a> TraceFile<'a> {
         self,
         runs: impl IntoIterator<Item = (&'r str, Option<&'r Record>)>,
     ) -> Result<()> {
-        let recorded =
-            |(name, record): (&str, Option<&'r Record>)| Some((name.to_owned(), record?));
+        let recorded = |(name, record): (&str, Option<&'r Record>)| {
+            if record.is_none() {
+                anstream::eprintln!("{name} is not in the trace: its guest did not start");
+            }
+            Some((name.to_owned(), record?))
+        };
         let runs: Vec<(String, &Record)> = runs.into_iter().filter_map(recorded).collect();
         let mut to = BufWriter::new(self.file);
-        trace::write(&mut to, &runs)
+        let is_picture = self.path.extension().is_some_and(|extension| extension == "svg");
+        let written = if is_picture {
+            to.write_all(trace::picture(&runs).as_bytes()).map_err(Into::into)
+        } else {
+            trace::write(&mut to, &runs)
+        };
+        written
             .and_then(|()| Ok(to.flush()?))
             .with_context(|| format!("cannot write {}", self.path.display()))?;
         for (name, record) in &runs {
@@ -276,4 +286,74 @@ fn json(order: &Order<'_>, boots: &[Named]) -> serde_json::Value {
         .collect();
     let kernel = order.kernel.display().to_string();
     serde_json::json!({ "kernel": kernel, "boots": each, "trap/batched": ratios })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::qemu::{Outcome, Run};
+    use vmi_hv_backend::reference::record::Ending;
+
+    fn boot(mode: Mode, counters: Option<Counters>, end: End) -> Named {
+        let outcome = match end {
+            End::Guest => Outcome::Passed,
+            _ => Outcome::WrongExit { status: Some(end.status().into()), said: String::new() },
+        };
+        let run = Run {
+            outcome,
+            serial: "linux: test fork ok\n".into(),
+            host: "the reason\n".into(),
+            debug: String::new(),
+            duration: Duration::from_millis(1500),
+            command: "qemu".into(),
+        };
+        let end = Some(end);
+        (mode.name(), Booted { run, counters, record: None, end, may_power_off: false })
+    }
+
+    #[test]
+    fn modes_stand_side_by_side_with_the_ratio_of_first_and_last() {
+        let counted = |table_writes, hypercalls, updates| Counters {
+            table_writes,
+            hypercalls,
+            updates,
+            ..Counters::ZERO
+        };
+        let boots = [
+            boot(Mode::Trap, Some(counted(1000, 0, 0)), End::Guest),
+            boot(Mode::Vmi, Some(counted(100, 900, 900)), End::Guest),
+            boot(Mode::VmiBatched, Some(counted(100, 25, 900)), End::Guest),
+        ];
+        let shown = anstream::adapter::strip_str(&text(&boots)).to_string();
+        let row = |name: &str| {
+            let line = shown.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_default();
+            line.split_whitespace().map(str::to_owned).collect::<Vec<_>>()
+        };
+        assert_eq!(row("counter"), ["trap", "vmi", "vmi-batched", "trap/batched"]);
+        assert_eq!(row("exits"), ["1000", "1000", "125", "8.0"]);
+        assert_eq!(row("page-table write"), ["1000", "100", "100", "10.0"]);
+        assert_eq!(row("updates carried"), ["0", "900", "900", "0.0"]);
+        // What there was none of has no ratio.
+        assert_eq!(row("CPUID"), ["0", "0", "0"]);
+        let rows: Vec<&str> = shown.lines().collect();
+        let end = |line: &str, text: &str| line.find(text).map(|at| at + text.len());
+        assert_eq!(end(rows[0], "trap"), end(rows[1], "1000"), "{shown}");
+        assert!(shown.contains("vmi-batched passes: 1 tests; 1.5 s\n"), "{shown}");
+    }
+
+    #[test]
+    fn a_mode_that_fails_keeps_its_column_and_says_why() {
+        let boots = [
+            boot(Mode::Trap, Some(Counters { cpuid: 7, ..Counters::ZERO }), End::Guest),
+            boot(Mode::VmiBatched, None, End::Hypervisor(Ending::BadArguments)),
+        ];
+        let shown = anstream::adapter::strip_str(&text(&boots)).to_string();
+        let mut rows = shown.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+        assert_eq!(rows.next().unwrap_or_default(), ["counter", "trap", "vmi-batched"]);
+        assert_eq!(rows.next().unwrap_or_default(), ["exits", "7", "-"]);
+        assert!(shown.contains("trap passes") && shown.contains("    the reason\n"), "{shown}");
+        assert!(shown.contains("vmi-batched FAILS: bad-arguments: "), "{shown}");
+        let ends = boots.iter().map(|(_, boot)| (boot.passed(), boot.end.unwrap_or(End::Guest)));
+        assert_eq!(hypervisor::exit_code(ends), ExitCode::from(67));
+    }
 }
