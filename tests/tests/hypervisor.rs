@@ -175,7 +175,8 @@ fn a_triple_fault_is_told_of() -> Result<()> {
 #[test]
 fn page_tables_on_a_device_are_told_of() -> Result<()> {
     let words = "cr3=000b8000";
-    ends(Fate::DeviceTables, Paging::Shadow, 180, Ending::TripleFault, words)
+    ends(Fate::DeviceTables, Paging::Shadow, 180, Ending::TripleFault, words)?;
+    ends(Fate::DeviceTables, Paging::Nested, 180, Ending::TripleFault, words)
 }
 
 /// Hypercalls that do not exist are refused, and seen among the last exits.

@@ -23,8 +23,9 @@ const LAST_WORDS: &str = "no hypercall is left to try";
 pub(crate) fn meet(name: &str) -> ! {
     match name {
         "triple-fault" => triple_fault(),
-        // SAFETY: nothing else is to happen, here and below.
+        // SAFETY: nothing else is to happen.
         "loop" => unsafe { asm!("sti", "2: jmp 2b", options(noreturn)) },
+        // SAFETY: as above.
         "loop-masked" => unsafe { asm!("cli", "2: jmp 2b", options(noreturn)) },
         "halt-masked" => processor::halt_forever(),
         "loop-of-exits" => loop {

@@ -16,7 +16,7 @@ const STRIP: usize = 10;
 const GAP: usize = 46;
 
 /// Where the first panel begins, and what the legend needs for a line.
-const TOP: usize = 34;
+const TOP: usize = 56;
 const LEGEND: usize = 18;
 const LEGEND_COLUMNS: usize = 4;
 
@@ -96,7 +96,7 @@ pub fn picture(runs: &[(String, &Record)]) -> String {
              <text x=\"{}\" y=\"{}\" text-anchor=\"end\">{highest}</text>\n\
              <text x=\"{}\" y=\"{bottom}\" text-anchor=\"end\">0</text>\n\
              <text x=\"{}\" y=\"{}\" text-anchor=\"end\">updates</text>",
-            bottom + STRIP + 18,
+            top - 8,
             record.count,
             microseconds(end(record)) / 1000.0,
             LEFT - 6,
