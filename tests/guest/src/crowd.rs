@@ -73,6 +73,8 @@ struct Task {
     interrupts: AtomicU32,
     /// Processors that were stopped by an exception.
     dead: AtomicU32,
+    /// What lay on the stack of the last one: the error code, if there is one, EIP, CS, EFLAGS.
+    frame: [AtomicU32; 4],
     /// Processors started.
     started: AtomicU32,
 }
@@ -86,6 +88,7 @@ static TASK: Task = Task {
     lost: AtomicU32::new(0),
     interrupts: AtomicU32::new(0),
     dead: AtomicU32::new(0),
+    frame: [const { AtomicU32::new(0) }; 4],
     started: AtomicU32::new(0),
 };
 
@@ -331,6 +334,10 @@ unsafe extern "C" fn interrupted() {
 #[unsafe(naked)]
 unsafe extern "C" fn died() {
     naked_asm!(
+        "pop dword ptr [{task} + {frame}]",
+        "pop dword ptr [{task} + {frame} + 4]",
+        "pop dword ptr [{task} + {frame} + 8]",
+        "pop dword ptr [{task} + {frame} + 12]",
         "lock inc dword ptr [{task} + {dead}]",
         "lock inc dword ptr [{task} + {done}]",
         "2: cli",
@@ -338,6 +345,7 @@ unsafe extern "C" fn died() {
         "jmp 2b",
         task = sym TASK,
         dead = const offset_of!(Task, dead),
+        frame = const offset_of!(Task, frame),
         done = const offset_of!(Task, done),
     )
 }
@@ -364,7 +372,7 @@ pub(crate) fn run(space: Space, rom: Rom, problems: &mut Problems) -> Result<u32
             apic.interrupt_others();
         }
         visit(expected);
-        finish(expected, problems)?;
+        finish(site, expected, problems)?;
     }
     for call in PUT_BACK {
         put_back(rom, call, expected, problems)?;
@@ -413,7 +421,7 @@ fn put_back(
     crate::console::line!(
         "# the site of {name} was put back {changes} times while {others} processors ran it"
     );
-    finish(others, problems)
+    finish(site, others, problems)
 }
 
 fn kind_of(call: CallNumber) -> u32 {
@@ -450,7 +458,7 @@ fn begin(site: Site, kind: u32, visits: u32) {
 const PATIENCE: u32 = 1 << 28;
 
 /// Waits for everybody.
-fn finish(others: u32, problems: &mut Problems) -> Result<(), &'static str> {
+fn finish(site: Site, others: u32, problems: &mut Problems) -> Result<(), &'static str> {
     for _ in 0..PATIENCE {
         if TASK.done.load(Ordering::Acquire) >= others {
             break;
@@ -461,7 +469,12 @@ fn finish(others: u32, problems: &mut Problems) -> Result<(), &'static str> {
     if dead == 0 && TASK.done.load(Ordering::Acquire) >= others {
         return Ok(());
     }
-    problems.add(format_args!("{dead} of {others} processors died of an exception, or hang"));
+    let frame = TASK.frame.each_ref().map(|word| word.load(Ordering::Relaxed));
+    problems.add(format_args!(
+        "{dead} of {others} processors died of an exception, or hang; the last one's stack is {frame:x?}, the site {site:x?} \
+         became {:x?}",
+        site.bytes()
+    ));
     Err("the other processors are lost")
 }
 
