@@ -1,7 +1,7 @@
-//! Debian's own 32-bit kernels, taken out of their packages and never installed.
+//! What is Debian's: its 32-bit kernels, taken out of their packages and never installed, and sources of packages.
 //!
-//! apt's tools work on lists and a status of their own below `target/`, for the architecture i386: the system's sources and lists
-//! are read and not touched, and no privilege is needed. What comes is checked by apt against Debian's signatures.
+//! apt's tools work on lists and a status of their own below `target/`: the system's sources and lists are read and not touched, and no
+//! privilege is needed. What comes is checked by apt against Debian's signatures.
 
 use crate::build;
 use crate::progress::Progress;
@@ -82,7 +82,7 @@ pub fn fetch() -> Result<()> {
             );
         }
     }
-    let apt = Apt::new(&folder().join("apt"))?;
+    let apt = Apt::new(&folder().join("apt"), Kind::Packages)?;
     let progress = Progress::start("reading Debian's package lists".to_owned());
     let updated = apt.update();
     drop(progress);
@@ -102,15 +102,39 @@ pub fn fetch() -> Result<()> {
     Ok(())
 }
 
+/// What apt is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Packages for 32-bit processors.
+    Packages,
+    /// Sources of packages.
+    Sources,
+}
+
+impl Kind {
+    /// As in the lists of sources.
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Packages => "deb",
+            Self::Sources => "deb-src",
+        }
+    }
+}
+
 /// apt with lists and a status of its own.
-struct Apt {
+pub(crate) struct Apt {
     folder: PathBuf,
 }
 
 impl Apt {
     /// In a folder, with the system's sources that are Debian's.
-    fn new(folder: &Path) -> Result<Self> {
-        let mut sources = sources(Path::new("/etc/apt"));
+    pub(crate) fn new(folder: &Path, kind: Kind) -> Result<Self> {
+        for program in ["apt-get", "apt-cache"] {
+            if find_program(program).is_none() {
+                bail!("there is no {program}");
+            }
+        }
+        let mut sources = sources(Path::new("/etc/apt"), kind);
         if sources.is_empty() {
             if !Path::new(KEYRING).is_file() {
                 bail!(
@@ -118,7 +142,7 @@ impl Apt {
                      debian-archive-keyring has it"
                 );
             }
-            sources.push(("debian.sources".into(), debian_source()));
+            sources.push(("debian.sources".into(), debian_source(kind)));
         }
         for part in ["lists/partial", "cache/archives/partial", "sources.list.d"] {
             let part = folder.join(part);
@@ -132,11 +156,17 @@ impl Apt {
             build::write(&old.join(name), text.as_bytes())?;
         }
         build::write(&folder.join("status"), b"")?;
-        build::write(&folder.join("apt.conf"), configuration(folder).as_bytes())?;
+        build::write(&folder.join("apt.conf"), configuration(folder, kind).as_bytes())?;
         Ok(Self { folder: folder.to_owned() })
     }
 
-    fn command(&self, program: &str) -> Command {
+    /// Where files land.
+    pub(crate) fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// One of apt's programs.
+    pub(crate) fn command(&self, program: &str) -> Command {
         let mut command = Command::new(program);
         command
             .env("LC_ALL", "C")
@@ -147,7 +177,7 @@ impl Apt {
     }
 
     /// Reads the lists. A source that does not answer need not be the one that is wanted.
-    fn update(&self) -> Result<(), String> {
+    pub(crate) fn update(&self) -> Result<(), String> {
         // Without the option apt is content with lists that are missing.
         let words = ["--quiet", "--quiet", "--option", "APT::Update::Error-Mode=any", "update"];
         output(self.command("apt-get").args(words)).map(|_| ())
@@ -184,18 +214,22 @@ impl Apt {
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
 /// A source for systems without one of Debian's.
-fn debian_source() -> String {
+fn debian_source(kind: Kind) -> String {
+    let kind = kind.name();
     format!(
-        "Types: deb\nURIs: http://deb.debian.org/debian\nSuites: bookworm\nComponents: main\nSigned-By: {KEYRING}\n"
+        "Types: {kind}\nURIs: http://deb.debian.org/debian\nSuites: bookworm\nComponents: main\nSigned-By: {KEYRING}\n"
     )
 }
 
 /// What apt is told: nothing but the trusted keys is the system's.
-fn configuration(folder: &Path) -> String {
+fn configuration(folder: &Path, kind: Kind) -> String {
     let place = |name: &str| folder.join(name).display().to_string();
+    let architecture = match kind {
+        Kind::Packages => "APT::Architecture \"i386\";\nAPT::Architectures { \"i386\"; };\n",
+        Kind::Sources => "",
+    };
     format!(
-        "APT::Architecture \"i386\";\n\
-         APT::Architectures {{ \"i386\"; }};\n\
+        "{architecture}\
          Dir::State \"{folder}\";\n\
          Dir::State::lists \"{lists}\";\n\
          Dir::State::status \"{status}\";\n\
@@ -213,7 +247,7 @@ fn configuration(folder: &Path) -> String {
 }
 
 /// The system's source files, each cut down to what is Debian's.
-fn sources(etc: &Path) -> Vec<(String, String)> {
+fn sources(etc: &Path, kind: Kind) -> Vec<(String, String)> {
     let mut files = vec![etc.join("sources.list")];
     if let Ok(entries) = fs::read_dir(etc.join("sources.list.d")) {
         files.extend(entries.filter_map(|entry| Some(entry.ok()?.path())));
@@ -223,8 +257,8 @@ fn sources(etc: &Path) -> Vec<(String, String)> {
         let name = path.file_name()?.to_str()?.to_owned();
         let text = fs::read_to_string(&path).ok()?;
         let text = match path.extension()?.to_str()? {
-            "list" => lines_of_debian(&text),
-            "sources" => stanzas_of_debian(&text),
+            "list" => lines_of_debian(&text, kind),
+            "sources" => stanzas_of_debian(&text, kind),
             _ => return None,
         };
         (!text.is_empty()).then_some((name, text))
@@ -238,17 +272,19 @@ fn is_debian(address: &str) -> bool {
     parts().any(|part| matches!(part, "debian" | "debian-security"))
 }
 
-/// The lines of the old format that are of Debian's archives. An architecture that they name would not be ours.
-fn lines_of_debian(text: &str) -> String {
+/// The lines of the old format that are of Debian's archives, for what is wanted: whoever has packages has their sources too. An
+/// architecture that they name would not be ours.
+fn lines_of_debian(text: &str, kind: Kind) -> String {
     let wanted = |line: &&str| {
         let mut words = line.split_ascii_whitespace();
         words.next() == Some("deb") && words.any(is_debian) && !line.contains("arch=")
     };
-    text.lines().filter(wanted).map(|line| format!("{line}\n")).collect()
+    let line = |line: &str| format!("{}\n", line.trim_start().replacen("deb", kind.name(), 1));
+    text.lines().filter(wanted).map(line).collect()
 }
 
-/// The stanzas of the new format that are of Debian's archives, without their architectures.
-fn stanzas_of_debian(text: &str) -> String {
+/// The stanzas of the new format that are of Debian's archives, for what is wanted, without their architectures.
+fn stanzas_of_debian(text: &str, kind: Kind) -> String {
     let field = |stanza: &[&str], name: &str| {
         stanza.iter().find_map(|line| {
             let (key, value) = line.split_once(':')?;
@@ -269,7 +305,10 @@ fn stanzas_of_debian(text: &str) -> String {
         {
             continue;
         }
-        for line in stanza.iter().filter(|line| !line.starts_with("Architectures:")) {
+        wanted.push_str(&format!("Types: {}\n", kind.name()));
+        let is_kept =
+            |line: &&&str| !["Architectures:", "Types:"].iter().any(|key| line.starts_with(key));
+        for line in stanza.iter().filter(is_kept) {
             wanted.push_str(line);
             wanted.push('\n');
         }
@@ -333,16 +372,26 @@ mod tests {
                    deb-src http://deb.debian.org/debian bookworm main\n\
                    deb [signed-by=/k.gpg] https://mirror.example/pub/debian-security bookworm-security main\n\
                    deb https://deb.nodesource.com/node_20.x nodistro main\n";
-        let taken = lines_of_debian(old);
+        let taken = lines_of_debian(old, Kind::Packages);
         assert_eq!(taken.lines().count(), 2);
         assert!(taken.contains("signed-by=/k.gpg") && !taken.contains("nodesource"));
+        let taken = lines_of_debian(old, Kind::Sources);
+        assert!(
+            taken.lines().count() == 2 && taken.lines().all(|line| line.starts_with("deb-src ")),
+            "{taken}"
+        );
         let new = "Types: deb deb-src\nURIs: http://deb.debian.org/debian\nSuites: bookworm\nArchitectures: amd64\n\
                    Signed-By: /k.gpg\n\nTypes: deb\nURIs: https://apt.example/debian-tools\nSuites: x\n\n\
                    Enabled: no\nTypes: deb\nURIs: http://deb.debian.org/debian\nSuites: sid\n";
-        let taken = stanzas_of_debian(new);
+        let taken = stanzas_of_debian(new, Kind::Packages);
         assert!(taken.contains("Suites: bookworm\nSigned-By: /k.gpg\n"), "{taken}");
         assert_eq!(taken.matches("Types").count(), 1, "{taken}");
-        assert_eq!(stanzas_of_debian(&debian_source()).trim(), debian_source().trim());
+        for kind in [Kind::Packages, Kind::Sources] {
+            let taken = stanzas_of_debian(new, kind);
+            assert!(taken.starts_with(&format!("Types: {}\n", kind.name())), "{taken}");
+            let own = debian_source(kind);
+            assert_eq!(stanzas_of_debian(&debian_source(Kind::Packages), kind).trim(), own.trim());
+        }
     }
 
     #[test]

@@ -15,6 +15,7 @@
 //! - [`conformance`]: one ROM under the test guest,
 //! - [`hypervisor`]: the guest on the reference hypervisor,
 //! - [`linux`], [`debian`]: Linux as the guest, and where it comes from,
+//! - [`xen`]: the guest on Xen, and where Xen comes from,
 //! - [`iso`]: a disc that boots the guest,
 //! - [`inspect`]: what is in an image, and whether it keeps the contract,
 //! - [`reference`]: the page of calls in `docs/`,
@@ -40,6 +41,7 @@ pub mod table;
 pub mod tap;
 pub mod toolchain;
 pub mod verbs;
+pub mod xen;
 
 use std::path::{Path, PathBuf};
 

@@ -286,6 +286,9 @@ fn rustup_commands(rustup: Rustup) -> Vec<String> {
 /// Debian's packages for discs. None of them touches the machine's own boot loader: grub-pc would.
 const ISO_PACKAGES: [&str; 3] = ["grub-common", "grub-pc-bin", "xorriso"];
 
+/// Debian's packages that build Xen; `dpkg-dev` unpacks its source.
+const XEN_PACKAGES: [&str; 6] = ["make", "flex", "bison", "python3", "xz-utils", "dpkg-dev"];
+
 /// Lists of arguments for `apt-get install`, the preferred one first; never empty.
 fn attempts(facts: &Facts, compilers: &[[String; 4]]) -> Vec<Vec<String>> {
     let needs = |need| facts.missing.contains(&need);
@@ -345,6 +348,9 @@ fn attempts(facts: &Facts, compilers: &[[String; 4]]) -> Vec<Vec<String>> {
             }
             if needs(Need::IsoMaker) {
                 arguments.extend(ISO_PACKAGES.map(str::to_owned));
+            }
+            if needs(Need::XenTools) {
+                arguments.extend(XEN_PACKAGES.map(str::to_owned));
             }
             attempts.push(arguments);
         }
@@ -421,6 +427,19 @@ fn by_hand(facts: &Facts, reason: &str) -> Plan {
             }
             (Need::IsoMaker, Family::Mac) => packages.extend(["i686-elf-grub", "xorriso"]),
             (Need::IsoMaker, _) => packages.extend(ISO_PACKAGES),
+            (Need::XenTools, Family::Debian | Family::Other) => packages.extend(XEN_PACKAGES),
+            (Need::XenTools, Family::Arch) => {
+                packages.extend(["make", "flex", "bison", "python", "xz", "dpkg"])
+            }
+            (Need::XenTools, Family::Mac) => {
+                packages.extend(["make", "flex", "bison", "python3", "xz", "dpkg"])
+            }
+            (Need::XenTools, Family::Fedora) => {
+                packages.extend(["make", "flex", "bison", "python3", "xz", "dpkg-dev"])
+            }
+            (Need::XenTools, Family::Suse) => {
+                packages.extend(["make", "flex", "bison", "python3", "xz", "dpkg"])
+            }
         }
     }
     if facts.family == Family::Debian {

@@ -232,6 +232,8 @@ pub struct Findings {
     pub clang: Result<CCompilers, String>,
     /// What makes discs, or why there is nothing.
     pub iso_maker: Result<IsoMaker, String>,
+    /// What builds Xen, or what is not there of it.
+    pub xen_tools: Result<(), String>,
 }
 
 /// Something that the work at hand needs.
@@ -249,6 +251,8 @@ pub enum Need {
     Clang,
     /// GRUB for PCs with a BIOS, and xorriso.
     IsoMaker,
+    /// What builds Xen besides GCC and binutils.
+    XenTools,
 }
 
 impl Need {
@@ -260,7 +264,9 @@ impl Need {
     pub const EXAMPLES: &'static [Self] = &[Self::Compiler, Self::Linker, Self::Gcc];
     /// What a disc needs.
     pub const ISO: &'static [Self] = &[Self::Compiler, Self::Linker, Self::Gcc, Self::IsoMaker];
-    /// What the tests need: everything.
+    /// What Xen's own build needs.
+    pub const XEN: &'static [Self] = &[Self::Linker, Self::Gcc, Self::XenTools];
+    /// What the tests need: everything but what builds Xen.
     pub const TEST: &'static [Self] =
         &[Self::Compiler, Self::Linker, Self::Emulator, Self::Gcc, Self::Clang, Self::IsoMaker];
 }
@@ -276,6 +282,7 @@ impl fmt::Display for Need {
             Self::Gcc => write!(f, "gcc and g++ for 32-bit x86"),
             Self::Clang => write!(f, "clang and clang++ for 32-bit x86"),
             Self::IsoMaker => write!(f, "grub-mkrescue with GRUB's modules i386-pc, and xorriso"),
+            Self::XenTools => write!(f, "{}", XEN_TOOLS.join(", ")),
         }
     }
 }
@@ -291,6 +298,7 @@ impl Findings {
             gcc: gcc(),
             clang: clang(),
             iso_maker: iso_maker(),
+            xen_tools: xen_tools(),
         }
     }
 
@@ -310,6 +318,7 @@ impl Findings {
             Need::Gcc => self.gcc.is_ok(),
             Need::Clang => self.clang.is_ok(),
             Need::IsoMaker => self.iso_maker.is_ok(),
+            Need::XenTools => self.xen_tools.is_ok(),
         };
         needs.iter().filter(|need| !is_there(need)).copied().collect()
     }
@@ -517,6 +526,16 @@ fn iso_maker() -> Result<IsoMaker, String> {
     let said = output(Command::new(&path).arg("--version"))?;
     let version = format!("GRUB {}", said.split_whitespace().last().unwrap_or_default());
     Ok(IsoMaker { path, modules, version })
+}
+
+/// The programs of Xen's build besides GCC and binutils. The last unpacks Debian's source.
+pub const XEN_TOOLS: [&str; 6] = ["make", "flex", "bison", "python3", "xz", "dpkg-source"];
+
+/// What builds Xen.
+fn xen_tools() -> Result<(), String> {
+    let is_missing = |name: &&str| find_program(name).is_none();
+    let missing: Vec<&str> = XEN_TOOLS.into_iter().filter(is_missing).collect();
+    if missing.is_empty() { Ok(()) } else { Err(format!("no {} on PATH", missing.join(", "))) }
 }
 
 /// The first executable of this name on `PATH`.

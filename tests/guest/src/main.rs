@@ -6,6 +6,7 @@
 //!
 //! - `boot`: from the boot loader's 32-bit start to [`main`] at C0100000h,
 //! - `command_line`: the words that the boot loader passes on,
+//! - `host`: the ring and the calls of a guest that a hypervisor has started itself,
 //! - `processor`, `devices`, `console`: one wrapper for each privileged instruction; the machine,
 //! - `segments`, `traps`, `paging`: the tables of an ordinary kernel,
 //! - `harness`: enters a call with every register, flag and segment known, and looks at what is left,
@@ -43,6 +44,8 @@ mod devices;
 mod functions;
 #[cfg(target_os = "none")]
 mod harness;
+#[cfg(target_os = "none")]
+mod host;
 #[cfg(target_os = "none")]
 mod hostile;
 #[cfg(target_os = "none")]

@@ -14,10 +14,12 @@
 #![expect(unsafe_code, reason = "UNSAFETY: page tables are memory that the processor walks")]
 
 use crate::boot::PAGE_OFFSET;
+use crate::host::{self, CALLS};
 use crate::processor;
 use core::arch::naked_asm;
 use core::ops::Range;
 use core::sync::atomic::{AtomicUsize, Ordering};
+use vmi_abi::flags::{EntryFlags, PageFlags};
 use x86::controlregs::{Cr0, Cr4};
 
 /// Bytes of a page.
@@ -55,6 +57,9 @@ pub(crate) const ACCESSED: u64 = 1 << 5;
 pub(crate) const DIRTY: u64 = 1 << 6;
 pub(crate) const GLOBAL: u64 = 1 << 8;
 pub(crate) const NO_EXECUTE: u64 = 1 << 63;
+
+/// The frame's address in an entry.
+const FRAME: u64 = 0x000f_ffff_ffff_f000;
 
 /// The format of the tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -218,6 +223,24 @@ impl Space {
         space
     }
 
+    /// The space that a host has made, with the guest's own mappings besides. It has no 4 KiB of memory that nobody executes, for
+    /// the host's tables know nothing of that.
+    pub(crate) fn adopt() -> Self {
+        let space = Self::current(Mode::Pae);
+        for linear in text().step_by(PAGE as usize) {
+            space.store(space.entry(linear), space.make(physical(linear as *const u8), 0));
+        }
+        space.map(USER_CODE, physical(&raw const USER_CODE_FRAME), USER);
+        space.map(
+            USER_CODE + PAGE,
+            physical(&raw const USER_STACK_FRAME),
+            WRITE | USER | NO_EXECUTE,
+        );
+        space.map(TEST_AREA, 0, 0);
+        space.store(space.entry(TEST_AREA), 0);
+        space
+    }
+
     /// The space that the processor is in.
     pub(crate) fn current(mode: Mode) -> Self {
         Self { mode, root: processor::cr3() + PAGE_OFFSET }
@@ -238,6 +261,11 @@ impl Space {
         let directory_entry = self.directory_entry(linear);
         if self.load(directory_entry) & PRESENT == 0 {
             let table = take_table() - PAGE_OFFSET;
+            if host::is_hosted() {
+                let flags = PageFlags::PT | PageFlags::PAE | PageFlags::ZEROED;
+                // SAFETY: the page is empty, and is used as nothing else from here on.
+                unsafe { CALLS.AllocatePage(table / PAGE, flags.bits(), 0, 0, 0) };
+            }
             self.store(directory_entry, u64::from(table) | PRESENT | WRITE | USER);
         }
         self.store(self.entry(linear), self.make(address, bits));
@@ -276,8 +304,19 @@ impl Space {
         PAGE_OFFSET + table + index * self.mode.entry_size()
     }
 
-    /// Reads an entry.
+    /// Reads an entry of a table that is in use.
     pub(crate) fn load(self, entry: u32) -> u64 {
+        let value = self.read(entry);
+        if !host::is_hosted() || value & PRESENT == 0 {
+            return value;
+        }
+        let frame = (value & FRAME) / u64::from(PAGE);
+        // SAFETY: changes nothing.
+        let frame = unsafe { CALLS.MachineToPhysical(frame as u32) };
+        value & !FRAME | u64::from(frame) * u64::from(PAGE)
+    }
+
+    fn read(self, entry: u32) -> u64 {
         // SAFETY: the tables lie in the direct mapping; volatile, as the processor sets bits.
         unsafe {
             match self.mode {
@@ -289,6 +328,10 @@ impl Space {
 
     /// Writes an entry whose mapping nobody uses meanwhile.
     pub(crate) fn store(self, entry: u32, value: u64) {
+        if host::is_hosted() {
+            // SAFETY: as below.
+            return unsafe { CALLS.SetPxELong(value, entry, EntryFlags::PT.bits()) };
+        }
         // SAFETY: the tables lie in the direct mapping; callers leave the guest's own pages alone.
         unsafe {
             match self.mode {

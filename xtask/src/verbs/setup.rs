@@ -8,6 +8,7 @@ use crate::setup::{
 };
 use crate::table::{BAD, Cell, DIM, GOOD, PLAIN, Table};
 use crate::toolchain::{Findings, Need, Refusal, find_program, output};
+use crate::xen::source::{self, Build, Xen};
 use anyhow::{Context, Result, bail};
 use std::collections::BTreeMap;
 use std::io::IsTerminal;
@@ -29,6 +30,17 @@ pub struct Args {
     /// Fetch Debian's 32-bit Linux kernels too, for guests: about 100 MB, into `target/linux`, with apt. They are not installed.
     #[arg(long, conflicts_with_all = ["dry_run", "check"])]
     linux: bool,
+    /// Build Xen too, with 32-bit guests, from Debian's source package, into `target/xen`: two to four minutes. It is not installed.
+    #[arg(
+        long,
+        value_enum,
+        value_name = "BUILD",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "release"
+    )]
+    #[arg(conflicts_with_all = ["dry_run", "check"])]
+    xen: Option<Build>,
 }
 
 /// Sets up.
@@ -42,7 +54,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let missing = findings.missing(Need::TEST);
     if missing.is_empty() {
         anstream::println!("nothing is missing");
-        return linux(args);
+        return guests_and_hosts(args);
     }
     let names: Vec<String> = missing.iter().map(ToString::to_string).collect();
     anstream::println!("missing: {}", names.join("; "));
@@ -53,18 +65,35 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     if !args.dry_run {
         anstream::print!("{}", table(&confirmed(Need::TEST)?));
     }
-    linux(args)
+    guests_and_hosts(args)
 }
 
-/// Fetches the kernels if they are wanted.
-fn linux(args: &Args) -> Result<ExitCode> {
+/// Fetches the kernels and builds Xen if they are wanted.
+fn guests_and_hosts(args: &Args) -> Result<ExitCode> {
     if args.linux {
         debian::fetch()?;
         for flavour in debian::Flavour::ALL {
             anstream::println!("{}", shown(&debian::kernel(flavour)?));
         }
     }
+    if let Some(build) = args.xen {
+        let xen = self::xen(build)?;
+        anstream::println!("{}, Xen {}", shown(&xen.path), xen.version);
+    }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The Xen that was built, or else builds it, with all that is needed for that.
+///
+/// # Errors
+///
+/// It cannot be got or built here.
+pub fn xen(build: Build) -> Result<Xen> {
+    if let Some(xen) = source::built(build) {
+        return Ok(xen);
+    }
+    provide(Need::XEN)?;
+    source::provide(build)
 }
 
 /// Finds what `needs` asks for, and installs what is missing.
@@ -126,6 +155,10 @@ fn table(findings: &Findings) -> String {
     single("gcc", findings.gcc.as_ref().map(ToString::to_string).map_err(Clone::clone));
     single("clang", findings.clang.as_ref().map(ToString::to_string).map_err(Clone::clone));
     single("discs", findings.iso_maker.as_ref().map(ToString::to_string).map_err(Clone::clone));
+    if let Err(reason) = &findings.xen_tools {
+        // Only Xen's build wants them.
+        table.row([Cell::new("no", PLAIN), "Xen's tools".into(), reason.clone().into()]);
+    }
     table.render()
 }
 
@@ -299,6 +332,7 @@ fn archive() -> Archive {
         "gcc",
         "g++",
         "clang",
+        "flex",
         "qemu-system-x86",
         "qemu-utils",
     ]

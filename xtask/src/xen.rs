@@ -1,0 +1,3 @@
+//! The test guest on Xen.
+
+pub mod source;
