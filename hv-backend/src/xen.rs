@@ -27,7 +27,7 @@ pub use machine::Machine;
 pub use transport::{Cpu, cpuid};
 
 use crate::update::contains;
-use crate::{ATTEMPTS, CallNumber, Hypervisor, Reason, Refusal, Vendor};
+use crate::{ATTEMPTS, BASE_STEP, BASES, CallNumber, Reason, Refusal};
 use core::cell::Cell;
 use core::mem::{offset_of, size_of};
 use core::sync::atomic::{AtomicU8, AtomicU32, Ordering::Relaxed};
@@ -57,6 +57,9 @@ pub const BATCH: usize = 128;
 
 /// How many calls of a context switch may wait.
 pub const CALLS: usize = 16;
+
+/// The most bytes that are said of a refusal.
+const TEXT_LIMIT: usize = 64;
 
 /// How many handlers are announced at once.
 const TRAPS: usize = 32;
@@ -105,6 +108,8 @@ pub struct Xen {
     calls: [Cell<MulticallEntry>; CALLS],
     operations: [Cell<MmuExtOp>; CALLS],
     traps: [Cell<TrapInfo>; TRAPS + 1],
+    /// The last refusal in words, for Xen's console.
+    text: [Cell<u8>; TEXT_LIMIT],
 }
 
 /// Something that no other shares a cache line with, nor lies in two pages.
@@ -120,6 +125,10 @@ impl<T> core::ops::Deref for Aligned<T> {
     }
 }
 
+/// `XenVMMXenVMM` in EBX, ECX and EDX.
+const SIGNATURE: [u32; 3] =
+    [u32::from_le_bytes(*b"XenV"), u32::from_le_bytes(*b"MMXe"), u32::from_le_bytes(*b"nVMM")];
+
 /// One call in [`Xen::waiting`].
 const ONE_CALL: u32 = 1 << 16;
 
@@ -128,8 +137,6 @@ const ONE_CALL: u32 = 1 << 16;
 pub enum Unfit {
     /// Nobody left a [`Placement`] of this version.
     NotPlaced,
-    /// What is there is not Xen.
-    Stranger,
     /// Xen refused something that everything else needs.
     Refused,
 }
@@ -196,13 +203,13 @@ impl Xen {
         contains(Self::NATIVE, call)
     }
 
-    /// Whether an interface in CPUID is Xen's.
-    ///
-    /// # Errors
-    ///
-    /// It is not.
-    pub fn recognise(hypervisor: &Hypervisor) -> Result<(), Unfit> {
-        if hypervisor.vendor == Vendor::Xen { Ok(()) } else { Err(Unfit::Stranger) }
+    /// Whether Xen's interface is in CPUID, as Xen answers it. [`crate::detect`] finds the same, and needs more of a guest's stack than
+    /// a call may have.
+    pub fn is_there(cpuid: impl Fn(u32, u32) -> [u32; 4]) -> bool {
+        BASES.step_by(BASE_STEP as usize).any(|base| {
+            let [highest, ebx, ecx, edx] = cpuid(base, 0);
+            [ebx, ecx, edx] == SIGNATURE && (base..base + BASE_STEP).contains(&highest)
+        })
     }
 
     /// Takes over, once Xen is recognised. `image` is the linear address of the image's first byte, `own` that of this state;
@@ -227,26 +234,32 @@ impl Xen {
         }
         let linear = image.wrapping_sub(placement.image);
         self.frames.start(machine, placement, linear, own);
-        let done = |result| if result < 0 { Err(Unfit::Refused) } else { Ok(()) };
         let [event, failsafe] = callbacks;
         done(machine.hypercall(hypercall::SET_CALLBACKS, [code, event, code, failsafe]))?;
         if self.chosen.get() != 0 {
             return Ok(());
         }
-        // A word of 64 bits with the frame, the offset in it, and a word that is kept free.
-        let there = own + offset_of!(Self, shared) as u32;
-        let frame = self.frames.machine_frame(machine, (there - linear) / PAGE_SIZE);
-        let mut place = [frame, 0, there % PAGE_SIZE, 0];
-        done(machine.operate(hypercall::VCPU_OP, vcpu::REGISTER_VCPU_INFO, &mut place))?;
-        self.start_time(machine).or(Err(Unfit::Refused))?;
+        self.share(machine)?;
+        self.start_time(machine)?;
         let (cr0, cr3, cr4) = machine.control();
         self.cr0.set(cr0);
         self.cr4.set(cr4);
-        // A frame in the upper bits is a large one's upper bits.
+        // The upper bits of a frame's number are in the lowest bits.
         let frame = cr3 >> PAGE_SHIFT | cr3 << (32 - PAGE_SHIFT);
         self.cr3.set(self.frames.own_frame(machine, frame) << PAGE_SHIFT);
         self.chosen.set(Self::CHOSEN);
         Ok(())
+    }
+
+    /// Lets Xen share what it has for each virtual processor here, and not in its own page.
+    #[inline(never)]
+    fn share(&self, machine: &impl Machine) -> Result<(), Unfit> {
+        let there = self.frames.own.get() + offset_of!(Self, shared) as u32;
+        let frame = self.frames.frame_of(there).ok_or(Unfit::NotPlaced)?;
+        let frame = self.frames.machine_frame(machine, frame);
+        // A word of 64 bits with the frame, the offset in it, and a word that is kept free.
+        let mut place = [frame, 0, there % PAGE_SIZE, 0];
+        done(machine.operate(hypercall::VCPU_OP, vcpu::REGISTER_VCPU_INFO, &mut place))
     }
 
     /// What `get_reloc` finds in the first word.
@@ -421,20 +434,39 @@ impl Xen {
     #[inline(never)]
     fn refuse(&self, machine: &impl Machine, call: CallNumber, address: u32, status: i32) {
         self.refusals.set(self.refusals.get().wrapping_add(1));
-        let mut text = *b"VMI ROM: call 00 at 00000000: Xen's status -000\n";
-        let mut digits = |end: usize, count: usize, radix: u32, mut value: u32| {
-            for place in (end - count..end).rev() {
-                let digit = (value % radix) as u8;
-                if let Some(byte) = text.get_mut(place) {
-                    *byte = if digit < 10 { b'0' + digit } else { b'A' + digit - 10 };
-                }
-                value /= radix;
+        let mut length = 0;
+        let mut put = |byte| {
+            if let Some(place) = self.text.get(length) {
+                place.set(byte);
+                length += 1;
             }
         };
-        digits(16, 2, 10, call.0);
-        digits(28, 8, 16, address);
-        digits(47, 3, 10, status.unsigned_abs());
-        machine.say(&text);
+        b"VMI ROM: call ".iter().for_each(|byte| put(*byte));
+        digits(call.0, 10, 10, &mut put);
+        b" at ".iter().for_each(|byte| put(*byte));
+        digits(address, 0x1000_0000, 16, &mut put);
+        b": Xen's status -".iter().for_each(|byte| put(*byte));
+        digits(status.unsigned_abs(), 100, 10, &mut put);
+        put(b'\n');
+        machine.say(self.text.get(..length).unwrap_or_default());
+    }
+}
+
+/// What a hypercall says that everything else needs.
+///
+/// # Errors
+///
+/// It is refused.
+fn done(status: i32) -> Result<(), Unfit> {
+    if status < 0 { Err(Unfit::Refused) } else { Ok(()) }
+}
+
+/// Says a number, from the digit of this weight on.
+fn digits(value: u32, mut weight: u32, radix: u32, put: &mut impl FnMut(u8)) {
+    while weight > 0 {
+        let digit = (value / weight % radix) as u8;
+        put(if digit < 10 { b'0' + digit } else { b'A' + digit - 10 });
+        weight /= radix;
     }
 }
 

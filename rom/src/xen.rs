@@ -24,7 +24,6 @@ use vmi_hv_backend::xen::interface::{
     FORCED_EMULATION, HYPERCALL_VECTOR, PLACEMENT_SIZE, Placement, hypercall, physdev, sched,
 };
 use vmi_hv_backend::xen::{Cpu, Delivery, MEMORY, Machine, Xen, cpuid};
-use vmi_hv_backend::{Detection, detect};
 use vmi_native_backend::binding::{SHORT_PLAIN, is_short};
 /// Names for the calls that have no entry here; where there is one, its name comes first.
 use vmi_native_backend::calls::*;
@@ -95,20 +94,15 @@ extern "fastcall" fn choose(own: u32, image: u32) -> u32 {
     let placement: *const Placement =
         with_exposed_provenance((own + MEMORY - PLACEMENT_SIZE) as usize);
     // SAFETY: the granted memory, zeroed at first. On Xen the loader left something in its last page.
-    let (xen, placement) =
-        unsafe { (&*with_exposed_provenance::<Xen>(own as usize), placement.read()) };
-    if !placement.is_valid() {
-        return 1;
-    }
-    let Detection::Found(hypervisor) = detect(cpuid) else { return 1 };
-    if Xen::recognise(&hypervisor).is_err() {
+    let (xen, placement) = unsafe { (&*with_exposed_provenance::<Xen>(own as usize), &*placement) };
+    if !placement.is_valid() || !Xen::is_there(cpuid) {
         return 1;
     }
     let code: u32;
     // SAFETY: reading it changes nothing.
     unsafe { asm!("movl %cs, {}", out(reg) code, options(att_syntax)) };
     let callbacks = [address_of!(event_callback), address_of!(failsafe_callback)];
-    xen.start(&Cpu, &placement, image, own, code, callbacks).is_err().into()
+    xen.start(&Cpu, placement, image, own, code, callbacks).is_err().into()
 }
 
 /// The state of the backend, which is chosen: `get_reloc` gives an entry away only then.

@@ -53,7 +53,7 @@ pub trait Machine {
     fn control(&self) -> (u32, u32, u32);
 
     /// Writes to Xen's console.
-    fn say(&self, text: &[u8]);
+    fn say(&self, text: &[Cell<u8>]);
 
     /// The domain is over.
     fn shut_down(&self, reason: u32) -> !;

@@ -5,7 +5,7 @@
 
 use super::interface::{RunState, SharedInfo, VcpuTimeInfo, error, event_channel, hypercall, vcpu};
 use super::machine::Machine;
-use super::{Unfit, Xen};
+use super::{Unfit, Xen, done};
 use core::cell::Cell;
 use core::mem::offset_of;
 use core::sync::atomic::Ordering::Relaxed;
@@ -108,8 +108,8 @@ const fn long([low, high]: [u32; 2]) -> u64 {
 
 impl Xen {
     /// Binds Xen's timer, and stops its periodic one, which nobody asked for.
+    #[inline(never)]
     pub(super) fn start_time(&self, machine: &impl Machine) -> Result<(), Unfit> {
-        let done = |status| if status < 0 { Err(Unfit::Refused) } else { Ok(()) };
         done(machine.hypercall(hypercall::VCPU_OP, [vcpu::STOP_PERIODIC_TIMER, 0, 0, 0]))?;
         let here = self.frames.own.get() + offset_of!(Self, alarms) as u32;
         let mut place = [here + offset_of!(Alarms, run_state) as u32, 0];

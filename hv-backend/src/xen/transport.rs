@@ -163,7 +163,7 @@ impl Machine for Cpu {
         (cr0, cr3, cr4)
     }
 
-    fn say(&self, text: &[u8]) {
+    fn say(&self, text: &[Cell<u8>]) {
         let arguments = [console::WRITE, text.len() as u32, address(text), 0];
         // SAFETY: Xen reads the text, and refuses if this domain has no console. Then nobody hears it.
         unsafe { call(hypercall::CONSOLE_IO, arguments) };
