@@ -313,7 +313,7 @@ impl Space {
         let frame = (value & FRAME) / u64::from(PAGE);
         // SAFETY: changes nothing.
         let frame = unsafe { CALLS.MachineToPhysical(frame as u32) };
-        value & !FRAME | u64::from(frame) * u64::from(PAGE)
+        (value & !FRAME) | (u64::from(frame) * u64::from(PAGE))
     }
 
     fn read(self, entry: u32) -> u64 {

@@ -100,8 +100,10 @@ impl Memory {
 
     /// Sets a frame's bit: it is to stay read-only.
     fn mark(&mut self, frame: u32) {
-        // SAFETY: the loader is alone, and the frame one of the domain's.
-        unsafe { (*(&raw mut TABLES))[frame as usize / 32] |= 1 << (frame % 32) };
+        assert!((frame as usize) < MOST);
+        let words = (&raw mut TABLES).cast::<u32>();
+        // SAFETY: inside the bits; the loader is alone.
+        unsafe { *words.add(frame as usize / 32) |= 1 << (frame % 32) };
     }
 
     /// Pages of the domain.

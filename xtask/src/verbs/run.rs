@@ -2,6 +2,7 @@
 
 mod linux;
 mod reference;
+mod xen;
 
 use crate::artifacts::{self, Artifacts};
 use crate::conformance::{self, CallSummary, Client, Conformance, Cost, Subject};
@@ -12,6 +13,7 @@ use crate::table::{Align, BAD, Cell, DIM, GOOD, HEAD, Table};
 use crate::tap::Verdict;
 use crate::toolchain::Need;
 use anyhow::Result;
+use reference::Host;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -127,8 +129,10 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     if let Some(kernel) = &args.linux.kernel {
         return linux::run(&findings, args, kernel);
     }
-    if args.reference.on.is_some() {
-        return reference::run(&findings, args);
+    match args.reference.on {
+        Some(Host::Reference) => return reference::run(&findings, args),
+        Some(Host::Xen) => return xen::run(&findings, args),
+        None => {}
     }
     let built = artifacts::build_all(&findings)?;
     let subjects = subjects(args, &built)?;
