@@ -337,7 +337,11 @@ fn with_tables(model: &Model) -> std::boxed::Box<Xen> {
         descriptor(model, GDT, index as u32, found);
     }
     xen.set_gdt(model, GDT, 6 * 8 - 1);
-    xen.set_task(0x18);
+    model.store(LINEAR + 0x5004, 0xc000_e000);
+    assert_eq!(model.taken().last(), Some(&Made::Gdt(machine_frame(OWN + 3), 512)));
+    xen.set_task(model, 0x18);
+    let stack = Made::Number(hypercall::STACK_SWITCH, [0xe021, 0xc000_e000, 0, 0]);
+    assert_eq!(model.taken().last(), Some(&stack));
     xen
 }
 
@@ -358,7 +362,6 @@ fn xen_gets_a_copy_of_the_descriptors_that_it_takes() {
     assert_eq!(copy(1), long([CODE[0], CODE[1] | 1 << 13]), "of the kernel's ring");
     assert_eq!(copy(2), long(DATA));
     assert_eq!([copy(3), copy(4), copy(5)], [0; 3], "no system descriptor");
-    assert_eq!(model.taken().last(), Some(&Made::Gdt(machine_frame(OWN + 3), 512)));
     assert_eq!((xen.gdt(), xen.task()), ((GDT, 47), 0x18));
     assert_eq!(model.entry(4, 3), long(TASK), "the guest's own is as it wrote it");
 
@@ -478,7 +481,7 @@ fn handlers_are_announced() {
     gate(41, 0x8e00);
     xen.set_idt(&model, idt, 41 * 8 - 1);
     let made = model.taken();
-    let [Made::Traps(None), Made::Traps(Some(first)), Made::Traps(Some(second))] = &made[..] else {
+    let [Made::Traps(Some(first)), Made::Traps(Some(second))] = &made[..] else {
         panic!("{made:?}")
     };
     let traps: Vec<_> = first.iter().chain(second).copied().collect();
@@ -501,6 +504,12 @@ fn handlers_are_announced() {
     );
     xen.write_idt_entry(&model, LINEAR + 0x9000, 39, 0x0061_2000, 0xc020_8e00);
     assert!(model.taken().is_empty(), "another table");
+
+    // A table without one of those is set as a whole, at a moment without any.
+    xen.set_idt(&model, idt, 40 * 8 - 1);
+    assert!(matches!(&model.taken()[..], [Made::Traps(Some(_)), Made::Traps(Some(_))]));
+    xen.set_idt(&model, idt, 39 * 8 - 1);
+    assert!(matches!(&model.taken()[..], [Made::Traps(None), ..]));
 }
 
 #[test]
