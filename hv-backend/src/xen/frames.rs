@@ -77,11 +77,7 @@ impl Frames {
     /// PhysicalToMachine. What is not the guest's memory is the machine's: devices.
     #[inline(always)]
     pub(super) fn machine_frame(&self, machine: &impl Machine, frame: u32) -> u32 {
-        if !self.is_own(frame) {
-            return frame;
-        }
-        let found = machine.load(self.p2m.get().wrapping_add(frame * 4));
-        if found == INVALID_FRAME { frame } else { found }
+        self.memory_frame(machine, frame).unwrap_or(frame)
     }
 
     /// MachineToPhysical. Xen's list is believed only where the loader's says the same: it also has frames of others.
@@ -93,10 +89,26 @@ impl Frames {
         if self.is_own(own) && self.machine_frame(machine, own) == frame { own } else { frame }
     }
 
+    /// The machine frame of a frame of the guest's memory.
+    #[inline(always)]
+    pub(super) fn memory_frame(&self, machine: &impl Machine, frame: u32) -> Option<u32> {
+        if !self.is_own(frame) {
+            return None;
+        }
+        let found = machine.load(self.p2m.get().wrapping_add(frame * 4));
+        if found == INVALID_FRAME { None } else { Some(found) }
+    }
+
     /// Whether a frame has to stay read-only.
     #[inline(always)]
     pub(super) fn is_table(&self, machine: &impl Machine, frame: u32) -> bool {
-        self.is_own(frame) && machine.load(self.word_of(frame)) >> (frame % 32) & 1 != 0
+        self.is_own(frame) && self.is_marked(machine, frame)
+    }
+
+    /// The same of one that is the guest's memory.
+    #[inline(always)]
+    pub(super) fn is_marked(&self, machine: &impl Machine, frame: u32) -> bool {
+        machine.load(self.word_of(frame)) >> (frame % 32) & 1 != 0
     }
 
     /// Whether a frame is a table that leads to tables.
@@ -139,10 +151,16 @@ impl Frames {
         }
     }
 
+    /// The frame of a linear address, if that is in memory where it is mapped whole.
+    #[inline(always)]
+    pub(super) fn page_of(&self, address: u32) -> u32 {
+        address.wrapping_sub(self.linear.get()) >> PAGE_SHIFT
+    }
+
     /// The guest's frame of a linear address: of its memory where it is mapped whole, or of one of the slots.
     #[inline(always)]
     pub(super) fn frame_of(&self, address: u32) -> Option<u32> {
-        let frame = address.wrapping_sub(self.linear.get()) >> PAGE_SHIFT;
+        let frame = self.page_of(address);
         if self.is_own(frame) { Some(frame) } else { self.frame_in_slots(address) }
     }
 

@@ -10,7 +10,7 @@ use super::interface::{
     uvmf,
 };
 use super::machine::Machine;
-use super::{BATCH, ONE_CALL, Xen};
+use super::{ONE_CALL, Xen};
 use crate::CallNumber;
 use core::ops::Range;
 use vmi_abi::flags::{FlushFlags, LazyMode, PageFlags};
@@ -65,38 +65,59 @@ const LARGE: u64 = Entry::LARGE.bits();
 const NEW: u64 = 1 << 62;
 
 impl Xen {
-    /// SetPxE, SetPxELong: at once, or it waits.
+    /// SetPxELong, where it is an entry of the guest's memory that waits with others, and leads to memory that is no table: the frequent
+    /// case. Any other is not taken, and nothing is changed. Interrupts are off.
     #[inline(always)]
+    pub fn take_entry(&self, machine: &impl Machine, value: u64, entry: u32) -> bool {
+        let waiting = self.waiting.get();
+        if waiting >= self.most.get() {
+            return false;
+        }
+        let Some(table) = self.frames.memory_frame(machine, self.frames.page_of(entry)) else {
+            return false;
+        };
+        let mut val = value;
+        if value & PRESENT != 0 {
+            let frame = frame_in(value);
+            let Some(found) = self.frames.memory_frame(machine, frame) else { return false };
+            if self.frames.is_marked(machine, frame) {
+                return false;
+            }
+            let bits = value & !(Entry::FRAME | Entry::GLOBAL).bits();
+            val = bits | u64::from(found) << PAGE_SHIFT;
+        }
+        let ptr = u64::from(table) << PAGE_SHIFT | u64::from(entry % PAGE_SIZE);
+        let Some(place) = self.updates.get(waiting as usize) else { return false };
+        place.set(MmuUpdate { ptr, val });
+        self.waiting.set(waiting + 1);
+        true
+    }
+
+    /// SetPxELong: at once, or it waits.
     pub fn set_entry(&self, machine: &impl Machine, value: u64, entry: u32) {
+        if self.take_entry(machine, value, entry) {
+            return;
+        }
         let Some(ptr) = self.frames.machine_address(machine, entry) else {
             return self.refuse(machine, number::SetPxELong, entry, 0);
         };
         let leads_to_tables = || {
-            self.frames
-                .frame_of(entry)
-                .is_some_and(|table| self.frames.is_directory(machine, table))
+            let table = self.frames.frame_of(entry);
+            table.is_some_and(|table| self.frames.is_directory(machine, table))
         };
         let val = self.frames.machine_entry(machine, value, leads_to_tables);
-        // The calls of a context switch never wait in this mode; out of it one may be there.
         if !self.is_in(LazyMode::MMU) {
-            return self.set_entry_now(machine, MmuUpdate { ptr, val });
-        }
-        let waiting = self.waiting.get();
-        let Some(place) = self.updates.get(waiting as usize) else { return };
-        place.set(MmuUpdate { ptr, val });
-        self.waiting.set(waiting + 1);
-        if waiting as usize + 1 == BATCH {
             self.flush(machine);
         }
-    }
-
-    #[inline(never)]
-    fn set_entry_now(&self, machine: &impl Machine, update: MmuUpdate) {
-        self.flush(machine);
-        let [place, ..] = &self.updates;
-        place.set(update);
-        self.waiting.set(1);
-        self.flush(machine);
+        let waiting = self.waiting.get();
+        if let Some(place) = self.updates.get(waiting as usize) {
+            place.set(MmuUpdate { ptr, val });
+            self.waiting.set(waiting + 1);
+        }
+        // The last place, or out of the mode.
+        if waiting >= self.most.get() {
+            self.flush(machine);
+        }
     }
 
     /// MachineToPhysical.

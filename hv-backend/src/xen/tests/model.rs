@@ -297,6 +297,7 @@ pub(super) fn zeroed() -> std::boxed::Box<Xen> {
         refusals: Cell::default(),
         waiting: Cell::default(),
         mode: Cell::default(),
+        most: Cell::default(),
         frames: Frames::default(),
         shared: Aligned::default(),
         cr0: Cell::default(),
