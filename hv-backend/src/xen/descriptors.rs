@@ -218,7 +218,6 @@ impl Xen {
         self.flush(machine);
         let table = Table { base, limit };
         self.tables.idt.set(table);
-        self.expect(machine, number::SetIDT, table.base, machine.set_trap_table(None));
         let mut count = 0;
         for vector in 0..=u8::MAX {
             let (low, high) = table.entry(machine, vector.into());
