@@ -107,6 +107,8 @@ pub struct Xen {
     updates: [Cell<MmuUpdate>; BATCH],
     calls: [Cell<MulticallEntry>; CALLS],
     operations: [Cell<MmuExtOp>; CALLS],
+    /// The numbers of the guest's calls that `calls` are made of. Xen may overwrite all of those but the results.
+    made: [Cell<u32>; CALLS],
     traps: [Cell<TrapInfo>; TRAPS + 1],
     /// The last refusal in words, for Xen's console.
     text: [Cell<u8>; TEXT_LIMIT],
@@ -372,26 +374,16 @@ impl Xen {
             self.refuse(machine, number::SetLazyMode, 0, status);
             machine.shut_down(sched::SHUTDOWN_CRASH);
         }
-        for call in calls {
-            let MulticallEntry { op, result, args } = call.get();
+        for (call, made) in calls.iter().zip(&self.made) {
+            let result = call.get().result;
             if result < 0 {
-                self.refused_call(machine, op, args, result);
+                let call = CallNumber(made.get());
+                self.refuse(machine, call, 0, result);
+                // An address space or a stack that the guest believes to be on is nothing to be wrong about.
+                if call == number::SetCR3 || call == number::UpdateKernelStack {
+                    machine.shut_down(sched::SHUTDOWN_CRASH);
+                }
             }
-        }
-    }
-
-    #[cold]
-    fn refused_call(&self, machine: &impl Machine, op: u32, args: [u32; 6], result: i32) {
-        let call = match op {
-            hypercall::UPDATE_DESCRIPTOR => number::WriteGDTEntry,
-            hypercall::STACK_SWITCH => number::UpdateKernelStack,
-            hypercall::FPU_TASKSWITCH => number::CLTS,
-            // Xen may have overwritten the number.
-            _ => number::SetCR3,
-        };
-        self.refuse(machine, call, args[0], result);
-        if call == number::SetCR3 || call == number::UpdateKernelStack {
-            machine.shut_down(sched::SHUTDOWN_CRASH);
         }
     }
 
@@ -403,17 +395,21 @@ impl Xen {
         {
             let [a, b, c, d] = arguments;
             place.set(MulticallEntry { op, result: 0, args: [a, b, c, d, 0, 0] });
-            self.called(machine);
+            self.called(machine, number);
         } else {
             self.flush(machine);
             self.expect(machine, number, arguments[0], machine.hypercall(op, arguments));
         }
     }
 
-    /// One call more waits. A full array goes over.
+    /// One call more waits, of this number. A full array goes over.
     #[inline(always)]
-    fn called(&self, machine: &impl Machine) {
-        let waiting = self.waiting.get() + ONE_CALL;
+    fn called(&self, machine: &impl Machine, number: CallNumber) {
+        let waiting = self.waiting.get();
+        if let Some(place) = self.made.get((waiting / ONE_CALL) as usize) {
+            place.set(number.0);
+        }
+        let waiting = waiting + ONE_CALL;
         self.waiting.set(waiting);
         if (waiting / ONE_CALL) as usize == CALLS {
             self.drain(machine);

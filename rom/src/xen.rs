@@ -154,7 +154,7 @@ entries! {
 
     /// EAX selector.
     SetTR { "movl %eax, %ecx", "jmp {function}" }
-    set_task(selector) { xen().set_task(selector); }
+    set_task(selector) { uninterrupted(|xen| xen.set_task(&Cpu, selector)); }
 
     /// EAX -> buffer.
     GetGDT { "movl %eax, %ecx", "jmp {function}" }

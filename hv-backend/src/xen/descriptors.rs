@@ -22,10 +22,24 @@ pub(super) struct Tables {
     idt: Cell<Table>,
     ldt_selector: Cell<u32>,
     task_selector: Cell<u32>,
-    /// Whether the two copies are tables of Xen's already, and may be changed by hypercalls only.
-    gdt_is_xens: Cell<u32>,
-    ldt_is_xens: Cell<u32>,
+    gdt_copy: Copied,
+    ldt_copy: Copied,
+    /// A bit for each vector: Xen knows a handler of it.
+    handled: [Cell<u32>; VECTORS / 32],
 }
+
+/// What is known of a copy.
+#[derive(Debug, Default)]
+#[repr(C)]
+struct Copied {
+    /// Whether it is a table of Xen's already, and may be changed by hypercalls only.
+    is_xens: Cell<u32>,
+    /// How many of its entries may be something.
+    entries: Cell<u32>,
+}
+
+/// Vectors that there are.
+const VECTORS: usize = 256;
 
 /// A table's place.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -104,7 +118,7 @@ impl Xen {
         self.flush(machine);
         let table = Table { base, limit };
         self.tables.gdt.set(table);
-        self.copy(machine, table, GDT_OFFSET, &self.tables.gdt_is_xens, number::SetGDT);
+        self.copy(machine, table, GDT_OFFSET, &self.tables.gdt_copy, number::SetGDT);
         let status = machine.set_gdt(self.copy_frame(machine, GDT_OFFSET), DESCRIPTORS_IN_A_PAGE);
         self.expect(machine, number::SetGDT, table.base, status);
     }
@@ -124,7 +138,7 @@ impl Xen {
         self.tables.ldt.set(table);
         let mut entries = 0;
         if is_there {
-            self.copy(machine, table, LDT_OFFSET, &self.tables.ldt_is_xens, number::SetLDT);
+            self.copy(machine, table, LDT_OFFSET, &self.tables.ldt_copy, number::SetLDT);
             entries = DESCRIPTORS_IN_A_PAGE;
         }
         let copy = self.copy_address(LDT_OFFSET);
@@ -133,9 +147,14 @@ impl Xen {
         self.expect(machine, number::SetLDT, selector, machine.mmuext_op(operation));
     }
 
-    /// SetTR.
-    pub fn set_task(&self, selector: u32) {
+    /// SetTR. The stack in the task state segment counts from now on.
+    pub fn set_task(&self, machine: &impl Machine, selector: u32) {
         self.tables.task_selector.set(selector & 0xffff);
+        let (low, high) = self.descriptor(machine, selector);
+        if high & PRESENT != 0 {
+            let esp0 = machine.load(base(low, high).wrapping_add(ESP0));
+            self.switch_stack(machine, esp0);
+        }
     }
 
     /// GetGDT: base and limit.
@@ -170,7 +189,8 @@ impl Xen {
         high: u32,
     ) {
         store(machine, table, index, low, high);
-        if table == self.tables.gdt.get().base && self.tables.gdt_is_xens.get() != 0 {
+        // Beyond the limit no processor would see it.
+        if table == self.tables.gdt.get().base && index < self.tables.gdt_copy.entries.get() {
             self.write_copy(machine, GDT_OFFSET, index, low, high, number::WriteGDTEntry);
         }
     }
@@ -185,7 +205,7 @@ impl Xen {
         high: u32,
     ) {
         store(machine, table, index, low, high);
-        if table == self.tables.ldt.get().base && self.tables.ldt_is_xens.get() != 0 {
+        if table == self.tables.ldt.get().base && index < self.tables.ldt_copy.entries.get() {
             self.write_copy(machine, LDT_OFFSET, index, low, high, number::WriteLDTEntry);
         }
     }
@@ -209,19 +229,34 @@ impl Xen {
         if let (Some(found), [first, last, ..]) = (trap(vector, low, high), &self.traps) {
             first.set(found);
             last.set(TrapInfo::default());
+            if let Some(handled) = self.tables.handled.get(index as usize / 32) {
+                handled.set(handled.get() | 1 << (index % 32));
+            }
             self.announce_traps(machine);
         }
     }
 
-    /// SetIDT: all handlers anew.
+    /// SetIDT. Handlers take the place of others one by one, for there is no moment without exceptions: a kernel that is stepped
+    /// through has one in this call. Only if Xen is to forget one does it forget all first.
     pub fn set_idt(&self, machine: &impl Machine, base: u32, limit: u32) {
         self.flush(machine);
         let table = Table { base, limit };
         self.tables.idt.set(table);
+        let trap_at = |vector: u32| {
+            let (low, high) = table.entry(machine, vector);
+            trap(vector as u8, low, high)
+        };
+        let mut is_one_gone = false;
+        for (first, handled) in (0..).step_by(32).zip(&self.tables.handled) {
+            let wanted = (0..32).filter(|bit| trap_at(first + bit).is_some());
+            let wanted = wanted.fold(0, |bits, bit| bits | 1 << bit);
+            is_one_gone |= handled.replace(wanted) & !wanted != 0;
+        }
+        if is_one_gone {
+            self.expect(machine, number::SetIDT, base, machine.set_trap_table(None));
+        }
         let mut count = 0;
-        for vector in 0..=u8::MAX {
-            let (low, high) = table.entry(machine, vector.into());
-            let Some(found) = trap(vector, low, high) else { continue };
+        for found in (0..VECTORS as u32).filter_map(trap_at) {
             if let Some(place) = self.traps.get(count) {
                 place.set(found);
                 count += 1;
@@ -260,6 +295,11 @@ impl Xen {
         if high & PRESENT != 0 {
             machine.store(base(low, high).wrapping_add(ESP0), esp0);
         }
+        self.switch_stack(machine, esp0);
+    }
+
+    #[inline(always)]
+    fn switch_stack(&self, machine: &impl Machine, esp0: u32) {
         let arguments = [machine.stack_selector(), esp0, 0, 0];
         self.call(machine, hypercall::STACK_SWITCH, arguments, number::UpdateKernelStack);
     }
@@ -324,11 +364,13 @@ impl Xen {
         machine: &impl Machine,
         table: Table,
         offset: u32,
-        is_xens: &Cell<u32>,
+        copied: &Copied,
         call: CallNumber,
     ) {
+        let Copied { is_xens, entries } = copied;
         let copy = Table { base: self.copy_address(offset), limit: PAGE_SIZE - 1 };
-        for index in 0..DESCRIPTORS_IN_A_PAGE {
+        let wanted = (table.limit / SIZE + 1).min(DESCRIPTORS_IN_A_PAGE);
+        for index in 0..wanted.max(entries.replace(wanted)) {
             let (low, high) = table.entry(machine, index);
             let wanted = segment(low, high);
             let old = copy.entry(machine, index);
@@ -360,12 +402,10 @@ impl Xen {
         high: u32,
         call: CallNumber,
     ) {
-        if index < DESCRIPTORS_IN_A_PAGE {
-            let (low, high) = segment(low, high);
-            let address = self.copy_frame(machine, offset) << 12 | index * SIZE;
-            let upper = self.copy_frame(machine, offset) >> 20;
-            self.call(machine, hypercall::UPDATE_DESCRIPTOR, [address, upper, low, high], call);
-        }
+        let (low, high) = segment(low, high);
+        let address = self.copy_frame(machine, offset) << 12 | index * SIZE;
+        let upper = self.copy_frame(machine, offset) >> 20;
+        self.call(machine, hypercall::UPDATE_DESCRIPTOR, [address, upper, low, high], call);
     }
 
     fn copy_address(&self, offset: u32) -> u32 {

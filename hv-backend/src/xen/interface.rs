@@ -256,7 +256,7 @@ pub const TRAP_DISABLES_EVENTS: u8 = 4;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct MulticallEntry {
-    /// The hypercall's number. Xen may overwrite all but the result.
+    /// The hypercall's number. A Xen for debugging overwrites all but the result.
     pub op: u32,
     /// Its result.
     pub result: i32,

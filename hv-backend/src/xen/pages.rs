@@ -264,7 +264,7 @@ impl Xen {
             kept.set(operation);
             let args = machine.mmuext_arguments(kept);
             call.set(MulticallEntry { op: hypercall::MMUEXT_OP, result: 0, args });
-            return self.called(machine);
+            return self.called(machine, number::SetCR3);
         }
         self.flush(machine);
         if !self.expect(machine, number::SetCR3, value, machine.mmuext_op(operation)) {
