@@ -38,7 +38,7 @@ pub(crate) fn selector(of_ring_0: u16) -> u16 {
 }
 
 /// What cannot be done in another ring than 0 without the ROM.
-const NEEDED: [CallNumber; 12] = [
+const NEEDED: [CallNumber; 13] = [
     number::SetGDT,
     number::SetIDT,
     number::WriteGDTEntry,
@@ -51,6 +51,7 @@ const NEEDED: [CallNumber; 12] = [
     number::IRET,
     number::SetPxELong,
     number::AllocatePage,
+    number::ReleasePage,
 ];
 
 /// Prepares the ROM and binds its calls; from here on the guest can do what a kernel does.
@@ -86,6 +87,18 @@ pub(crate) fn start(rom: &Rom) {
     RING.store(u32::from(code & 3), Ordering::Relaxed);
     IS_HOSTED.store(true, Ordering::Relaxed);
     traps::return_by(CALLS.relocation(number::IRET));
+}
+
+/// Announces a page that is to be a page table.
+pub(crate) fn announce_page(frame: u32, flags: u32) {
+    // SAFETY: callers name a page that nothing of the guest's depends on.
+    unsafe { CALLS.AllocatePage(frame, flags, 0, 0, 0) };
+}
+
+/// Takes it back.
+pub(crate) fn release_page(frame: u32, flags: u32) {
+    // SAFETY: as above.
+    unsafe { CALLS.ReleasePage(frame, flags) };
 }
 
 /// IF, as calls pass it.

@@ -116,6 +116,9 @@ static mut USER_STACK_FRAME: Frame = Frame([0; PAGE as usize]);
 
 static mut OTHER_ROOT: Frame = Frame([0; PAGE as usize]);
 
+/// The directory of the highest gigabyte for it, on a host that lets no two top levels share that.
+static mut OTHER_DIRECTORY: Frame = Frame([0; PAGE as usize]);
+
 /// Two frames for tests to map.
 pub(crate) static mut TEST_FRAMES: [Frame; 2] = [Frame([0; PAGE as usize]); 2];
 
@@ -263,8 +266,7 @@ impl Space {
             let table = take_table() - PAGE_OFFSET;
             if host::is_hosted() {
                 let flags = PageFlags::PT | PageFlags::PAE | PageFlags::ZEROED;
-                // SAFETY: the page is empty, and is used as nothing else from here on.
-                unsafe { CALLS.AllocatePage(table / PAGE, flags.bits(), 0, 0, 0) };
+                host::announce_page(table / PAGE, flags.bits());
             }
             self.store(directory_entry, u64::from(table) | PRESENT | WRITE | USER);
         }
@@ -316,6 +318,21 @@ impl Space {
         (value & !FRAME) | (u64::from(frame) * u64::from(PAGE))
     }
 
+    /// The machine frame that a page is mapped to.
+    pub(crate) fn machine_frame(self, linear: u32) -> u32 {
+        ((self.read(self.entry(linear)) & FRAME) / u64::from(PAGE)) as u32
+    }
+
+    /// An entry as it is read from a table that is in use.
+    pub(crate) fn in_use(self, value: u64) -> u64 {
+        if !host::is_hosted() || value & PRESENT == 0 {
+            return value;
+        }
+        // SAFETY: changes nothing.
+        let frame = unsafe { CALLS.PhysicalToMachine(((value & FRAME) / u64::from(PAGE)) as u32) };
+        (value & !FRAME) | (u64::from(frame) * u64::from(PAGE))
+    }
+
     fn read(self, entry: u32) -> u64 {
         // SAFETY: the tables lie in the direct mapping; volatile, as the processor sets bits.
         unsafe {
@@ -347,7 +364,10 @@ impl Space {
     }
 
     /// Physical address of a second top level with the same tables below.
-    pub(crate) fn other_root(self) -> u32 {
+    pub(crate) fn other_root(self, virtual_top: u32) -> u32 {
+        if host::is_hosted() {
+            return self.other_root_on_a_host(virtual_top);
+        }
         let root = (&raw mut OTHER_ROOT) as u32;
         let entries = if self.mode == Mode::Pae { 4 } else { PAGE / 4 };
         for index in 0..entries {
@@ -355,6 +375,28 @@ impl Space {
             self.store(root + offset, self.load(self.root + offset));
         }
         root - PAGE_OFFSET
+    }
+
+    /// The same where pages are announced before they are tables, and what is from `virtual_top` on is the host's.
+    fn other_root_on_a_host(self, virtual_top: u32) -> u32 {
+        const HIGHEST: u32 = 3;
+        let (root, directory) = (&raw mut OTHER_ROOT, &raw mut OTHER_DIRECTORY);
+        let fill = |table: *mut Frame, index: u32, value: u64| {
+            // SAFETY: a page of ordinary memory still.
+            unsafe { table.cast::<u64>().add(index as usize).write_volatile(value) };
+        };
+        let own = self.directory_entry(PAGE_OFFSET);
+        for index in 0..(virtual_top - PAGE_OFFSET) >> self.mode.table_shift() {
+            fill(directory, index, self.load(own + index * 8));
+        }
+        for index in 0..HIGHEST {
+            fill(root, index, self.load(self.root + index * 8));
+        }
+        fill(root, HIGHEST, u64::from(physical(directory)) | PRESENT);
+        for (page, level) in [(directory, PageFlags::PD), (root, PageFlags::PDP)] {
+            host::announce_page(physical(page) / PAGE, (level | PageFlags::PAE).bits());
+        }
+        physical(root)
     }
 
     /// Makes the processor use this space.
@@ -386,6 +428,11 @@ impl Space {
             self.map(linear - PAGE_OFFSET, linear - PAGE_OFFSET, 0);
         }
     }
+}
+
+/// Whether an entry lies in a table that the guest has taken from its pool.
+pub(crate) fn is_table(entry: u32) -> bool {
+    is_in(&raw const TABLES, entry)
 }
 
 /// Whether a linear address lies in an object.

@@ -13,7 +13,7 @@ use core::arch::asm;
 use vmi_abi::state::DescriptorTable;
 
 macro_rules! register {
-    ($read:ident, $write:ident, $name:literal $(, $get:ident, $set:ident)?) => {
+    ($read:ident, $write:ident, $name:literal, [$($get:ident)?], [$($set:ident)?]) => {
         #[allow(dead_code, reason = "made in pairs")]
         pub(crate) fn $read() -> u32 {
             $(
@@ -41,16 +41,16 @@ macro_rules! register {
     };
 }
 
-register!(cr0, set_cr0, "cr0");
-register!(cr2, set_cr2, "cr2");
-register!(cr3, set_cr3, "cr3", GetCR3, SetCR3);
-register!(cr4, set_cr4, "cr4");
-register!(dr0, set_dr0, "dr0");
-register!(dr1, set_dr1, "dr1");
-register!(dr2, set_dr2, "dr2");
-register!(dr3, set_dr3, "dr3");
-register!(dr6, set_dr6, "dr6");
-register!(dr7, set_dr7, "dr7");
+register!(cr0, set_cr0, "cr0", [], [SetCR0]);
+register!(cr2, set_cr2, "cr2", [GetCR2], [SetCR2]);
+register!(cr3, set_cr3, "cr3", [GetCR3], [SetCR3]);
+register!(cr4, set_cr4, "cr4", [], [SetCR4]);
+register!(dr0, set_dr0, "dr0", [], []);
+register!(dr1, set_dr1, "dr1", [], []);
+register!(dr2, set_dr2, "dr2", [], []);
+register!(dr3, set_dr3, "dr3", [], []);
+register!(dr6, set_dr6, "dr6", [], []);
+register!(dr7, set_dr7, "dr7", [], []);
 
 macro_rules! port {
     ($read:ident, $write:ident, $type:ty) => {
@@ -144,8 +144,18 @@ pub(crate) fn wrmsr(index: u32, value: u64) {
     };
 }
 
-/// EAX, EBX, ECX and EDX of a CPUID leaf.
+/// EAX, EBX, ECX and EDX of a CPUID leaf, as the guest is to see them.
 pub(crate) fn cpuid(leaf: u32, subleaf: u32) -> [u32; 4] {
+    if host::is_hosted() {
+        // SAFETY: changes nothing.
+        let result = unsafe { CALLS.CPUID(leaf, subleaf) };
+        return [result.eax, result.ebx, result.ecx, result.edx];
+    }
+    cpuid_of_hardware(leaf, subleaf)
+}
+
+/// The same of the instruction itself.
+pub(crate) fn cpuid_of_hardware(leaf: u32, subleaf: u32) -> [u32; 4] {
     let result = core::arch::x86::__cpuid_count(leaf, subleaf);
     [result.eax, result.ebx, result.ecx, result.edx]
 }

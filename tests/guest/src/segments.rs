@@ -196,6 +196,7 @@ pub(crate) fn initialize(esp0: u32) {
     processor::set_fs_gs(0, 0);
     processor::set_task(TASK);
     processor::set_ldt(0);
+    set_kernel_stack(esp0);
 }
 
 /// Makes a task state segment available again, in both tables.

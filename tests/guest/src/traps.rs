@@ -19,6 +19,7 @@ use x86::bits32::eflags::EFlags;
 /// Exceptions by their vectors.
 pub(crate) const DEBUG: u32 = 1;
 pub(crate) const NON_MASKABLE: u32 = 2;
+pub(crate) const INVALID_OPCODE: u32 = 6;
 pub(crate) const GENERAL_PROTECTION: u32 = 13;
 pub(crate) const PAGE_FAULT: u32 = 14;
 
@@ -139,7 +140,7 @@ static JUMP: AtomicU32 = AtomicU32::new(0);
 
 /// Goes back by the guest's own IRET.
 #[unsafe(naked)]
-unsafe extern "C" fn return_natively() {
+pub(crate) unsafe extern "C" fn return_natively() {
     naked_asm!("add esp, 4", "iretd")
 }
 

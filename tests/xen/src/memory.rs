@@ -22,8 +22,17 @@ const ENTRIES: u32 = PAGE_SIZE / 8;
 /// The most frames of a domain.
 const MOST: usize = 1 << 18;
 
-/// A bit for each frame.
-static mut TABLES: [u32; MOST / 32] = [0; MOST / 32];
+/// Two bits for each frame, in one list after the other: what is to stay read-only; what is a table of a higher level than the lowest.
+static mut TABLES: [u32; MOST / 32 * 2] = [0; MOST / 32 * 2];
+
+/// Levels of page tables.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Level {
+    /// The lowest: they lead to pages.
+    Pages,
+    /// Those above, which lead to tables.
+    Tables,
+}
 
 /// A page whose frame becomes Xen's.
 #[repr(C, align(4096))]
@@ -44,22 +53,47 @@ pub(crate) fn physical<T>(object: *const T) -> u32 {
     object as u32 - PAGE_OFFSET
 }
 
-/// Pages that the tables map from [`PAGE_OFFSET`] on, which Xen makes whole: it leaves no table half empty.
-fn mapped(root: u32) -> u32 {
-    let frames = hypercall::virtual_top() as *const u32;
-    let linear = |entry: u64| {
+/// The tables that Xen has made.
+struct InitialTables {
+    /// The linear address of the four entries at the top.
+    root: u32,
+    /// Xen's list of the frames of machine frames.
+    frames: *const u32,
+}
+
+impl InitialTables {
+    /// The frame of the table that an entry leads to.
+    fn frame(&self, entry: u64) -> u32 {
         let frame = ((entry & Entry::FRAME.bits()) >> PAGE_SHIFT) as usize;
-        // SAFETY: Xen's list of frames begins there, and has every machine frame of the domain.
-        let frame = unsafe { frames.add(frame).read() };
-        PAGE_OFFSET + (frame << PAGE_SHIFT)
-    };
-    let entry = |table: u32, index: u32| {
+        // SAFETY: the list has every machine frame of the domain.
+        unsafe { self.frames.add(frame).read() }
+    }
+
+    /// An entry of the table at a linear address.
+    fn entry(table: u32, index: u32) -> u64 {
         // SAFETY: a table that Xen has mapped, read-only.
         unsafe { (table as *const u64).add(index as usize).read() }
-    };
-    let directory = linear(entry(root, PAGE_OFFSET >> 30));
-    let is_there = |index: &u32| entry(directory, *index) & Entry::PRESENT.bits() != 0;
-    (0..ENTRIES).take_while(is_there).count() as u32 * ENTRIES
+    }
+
+    /// The frames of the top level and the directories below.
+    fn higher(&self) -> impl Iterator<Item = u32> {
+        let root = physical(self.root as *const u8) >> PAGE_SHIFT;
+        let there =
+            (0..4).map(|index| Self::entry(self.root, index)).filter(|entry| is_present(*entry));
+        core::iter::once(root).chain(there.map(|entry| self.frame(entry)))
+    }
+
+    /// Pages that are mapped from [`PAGE_OFFSET`] on. Xen leaves no table there half empty.
+    fn mapped(&self) -> u32 {
+        let directory = self.frame(Self::entry(self.root, PAGE_OFFSET >> 30));
+        let directory = PAGE_OFFSET + (directory << PAGE_SHIFT);
+        let is_there = |index: &u32| is_present(Self::entry(directory, *index));
+        (0..ENTRIES).take_while(is_there).count() as u32 * ENTRIES
+    }
+}
+
+const fn is_present(entry: u64) -> bool {
+    entry & Entry::PRESENT.bits() != 0
 }
 
 /// The guest's memory.
@@ -79,10 +113,15 @@ impl Memory {
         let first = physical(start.pt_base as *const u8) >> PAGE_SHIFT;
         let tables = first..first + start.nr_pt_frames;
         let pages = start.nr_pages.min(MOST as u32);
-        let mapped = mapped(start.pt_base).min(pages);
+        let initial =
+            InitialTables { root: start.pt_base, frames: hypercall::virtual_top() as *const u32 };
+        let mapped = initial.mapped().min(pages);
         let mut memory = Self { pages, frames: start.mfn_list as *mut u32, tables, mapped };
         for frame in memory.tables.clone() {
-            memory.mark(frame);
+            memory.mark(frame, Level::Pages);
+        }
+        for frame in initial.higher() {
+            memory.mark(frame, Level::Tables);
         }
         for frame in SCREEN {
             memory.replace(frame, frame, WRITE);
@@ -98,12 +137,13 @@ impl Memory {
         memory
     }
 
-    /// Sets a frame's bit: it is to stay read-only.
-    fn mark(&mut self, frame: u32) {
-        assert!((frame as usize) < MOST);
+    /// Sets a frame's bit in the list for a level.
+    fn mark(&mut self, frame: u32, level: Level) {
+        assert!(frame < self.pages);
+        let list = if level == Level::Tables { self.pages.div_ceil(32) } else { 0 };
         let words = (&raw mut TABLES).cast::<u32>();
-        // SAFETY: inside the bits; the loader is alone.
-        unsafe { *words.add(frame as usize / 32) |= 1 << (frame % 32) };
+        // SAFETY: inside the lists; the loader is alone.
+        unsafe { *words.add((list + frame / 32) as usize) |= 1 << (frame % 32) };
     }
 
     /// Pages of the domain.
