@@ -102,6 +102,9 @@ pub struct Xen {
     mode: Cell<u32>,
     /// How many entries may be in `updates` when one more comes that waits. 0 if none may wait.
     most: Cell<u32>,
+    /// The linear address of the table with the last entry, and its machine address. 0: none.
+    last_table: Cell<u32>,
+    last_place: Cell<u64>,
     frames: Frames,
     /// What Xen says to this virtual processor, and it to Xen, in a cache line of its own.
     shared: Aligned<Shared>,

@@ -1,6 +1,6 @@
 //! The guest's frames and the machine's.
 
-use super::interface::{Entry, INVALID_FRAME, PAGE_SHIFT, PAGE_SIZE, Placement, hypercall, memory};
+use super::interface::{Entry, PAGE_SHIFT, Placement, hypercall, memory};
 use super::machine::Machine;
 use core::cell::Cell;
 
@@ -74,10 +74,15 @@ impl Frames {
         frame < self.pages.get()
     }
 
-    /// PhysicalToMachine. What is not the guest's memory is the machine's: devices.
+    /// PhysicalToMachine. What is not the guest's memory is the machine's: devices. A frame that the domain does not have leads to
+    /// none, which Xen refuses.
     #[inline(always)]
     pub(super) fn machine_frame(&self, machine: &impl Machine, frame: u32) -> u32 {
-        self.memory_frame(machine, frame).unwrap_or(frame)
+        if self.is_own(frame) {
+            machine.load(self.p2m.get().wrapping_add(frame * 4))
+        } else {
+            frame
+        }
     }
 
     /// MachineToPhysical. Xen's list is believed only where the loader's says the same: it also has frames of others.
@@ -87,16 +92,6 @@ impl Frames {
         }
         let own = machine.load(self.virtual_top.get().wrapping_add(frame * 4));
         if self.is_own(own) && self.machine_frame(machine, own) == frame { own } else { frame }
-    }
-
-    /// The machine frame of a frame of the guest's memory.
-    #[inline(always)]
-    pub(super) fn memory_frame(&self, machine: &impl Machine, frame: u32) -> Option<u32> {
-        if !self.is_own(frame) {
-            return None;
-        }
-        let found = machine.load(self.p2m.get().wrapping_add(frame * 4));
-        if found == INVALID_FRAME { None } else { Some(found) }
     }
 
     /// Whether a frame has to stay read-only.
@@ -151,16 +146,10 @@ impl Frames {
         }
     }
 
-    /// The frame of a linear address, if that is in memory where it is mapped whole.
-    #[inline(always)]
-    pub(super) fn page_of(&self, address: u32) -> u32 {
-        address.wrapping_sub(self.linear.get()) >> PAGE_SHIFT
-    }
-
     /// The guest's frame of a linear address: of its memory where it is mapped whole, or of one of the slots.
     #[inline(always)]
     pub(super) fn frame_of(&self, address: u32) -> Option<u32> {
-        let frame = self.page_of(address);
+        let frame = address.wrapping_sub(self.linear.get()) >> PAGE_SHIFT;
         if self.is_own(frame) { Some(frame) } else { self.frame_in_slots(address) }
     }
 
@@ -171,13 +160,6 @@ impl Frames {
             let page = address.wrapping_sub(slot.start) >> PAGE_SHIFT;
             (page < slot.pages).then(|| slot.frame.wrapping_add(page))
         })
-    }
-
-    /// The machine address of a linear one.
-    #[inline(always)]
-    pub(super) fn machine_address(&self, machine: &impl Machine, address: u32) -> Option<u64> {
-        let frame = self.machine_frame(machine, self.frame_of(address)?);
-        Some(u64::from(frame) << PAGE_SHIFT | u64::from(address % PAGE_SIZE))
     }
 
     /// An entry as Xen takes it: the machine's frame, and not global. One that maps a table does so read-only; `leads_to_tables` says

@@ -65,30 +65,26 @@ const LARGE: u64 = Entry::LARGE.bits();
 const NEW: u64 = 1 << 62;
 
 impl Xen {
-    /// SetPxELong, where it is an entry of the guest's memory that waits with others, and leads to memory that is no table: the frequent
-    /// case. Any other is not taken, and nothing is changed. Interrupts are off.
+    /// SetPxELong in the frequent case: an entry of the same table as the last one, that waits, and leads to memory that is no table.
+    /// Any other is not taken, and nothing is changed. Interrupts are off.
     #[inline(always)]
     pub fn take_entry(&self, machine: &impl Machine, value: u64, entry: u32) -> bool {
         let waiting = self.waiting.get();
-        if waiting >= self.most.get() {
+        let offset = entry ^ self.last_table.get();
+        if waiting >= self.most.get() || offset >= PAGE_SIZE {
             return false;
         }
-        let Some(table) = self.frames.memory_frame(machine, self.frames.page_of(entry)) else {
-            return false;
-        };
         let mut val = value;
         if value & PRESENT != 0 {
             let frame = frame_in(value);
-            let Some(found) = self.frames.memory_frame(machine, frame) else { return false };
-            if self.frames.is_marked(machine, frame) {
+            if !self.frames.is_own(frame) || self.frames.is_marked(machine, frame) {
                 return false;
             }
-            let bits = value & !(Entry::FRAME | Entry::GLOBAL).bits();
-            val = bits | u64::from(found) << PAGE_SHIFT;
+            let found = u64::from(self.frames.machine_frame(machine, frame)) << PAGE_SHIFT;
+            val = value & !(Entry::FRAME | Entry::GLOBAL).bits() | found;
         }
-        let ptr = u64::from(table) << PAGE_SHIFT | u64::from(entry % PAGE_SIZE);
         let Some(place) = self.updates.get(waiting as usize) else { return false };
-        place.set(MmuUpdate { ptr, val });
+        place.set(MmuUpdate { ptr: self.last_place.get() | u64::from(offset), val });
         self.waiting.set(waiting + 1);
         true
     }
@@ -98,20 +94,25 @@ impl Xen {
         if self.take_entry(machine, value, entry) {
             return;
         }
-        let Some(ptr) = self.frames.machine_address(machine, entry) else {
+        let Some(table) = self.frames.frame_of(entry) else {
             return self.refuse(machine, number::SetPxELong, entry, 0);
         };
-        let leads_to_tables = || {
-            let table = self.frames.frame_of(entry);
-            table.is_some_and(|table| self.frames.is_directory(machine, table))
-        };
+        if !self.frames.is_table(machine, table) {
+            // Memory: it is translated when it becomes a table. No processor looks at it before.
+            machine.store(entry, value as u32);
+            return machine.store(entry.wrapping_add(4), (value >> 32) as u32);
+        }
+        let place = u64::from(self.frames.machine_frame(machine, table)) << PAGE_SHIFT;
+        self.last_table.set(entry & !(PAGE_SIZE - 1));
+        self.last_place.set(place);
+        let leads_to_tables = || self.frames.is_directory(machine, table);
         let val = self.frames.machine_entry(machine, value, leads_to_tables);
         if !self.is_in(LazyMode::MMU) {
             self.flush(machine);
         }
         let waiting = self.waiting.get();
-        if let Some(place) = self.updates.get(waiting as usize) {
-            place.set(MmuUpdate { ptr, val });
+        if let Some(free) = self.updates.get(waiting as usize) {
+            free.set(MmuUpdate { ptr: place | u64::from(entry % PAGE_SIZE), val });
             self.waiting.set(waiting + 1);
         }
         // The last place, or out of the mode.
@@ -244,6 +245,7 @@ impl Xen {
         if !self.frames.is_table(machine, frame) {
             return;
         }
+        self.last_table.set(0);
         let level = Level::of(PageFlags::from_bits_retain(flags));
         if level == Level::Pointers {
             let arg1 = self.frames.machine_frame(machine, frame);
