@@ -332,7 +332,7 @@ entries! {
 
     /// EAX counter -> EDX:EAX.
     GetCycleCounter { "movl %eax, %ecx", "jmp {function}" }
-    counter(counter) -> u64 { xen().counter(&Cpu, counter) }
+    counter(counter) -> u64 { uninterrupted(|xen| xen.counter(&Cpu, counter)) }
 
     /// EAX flags, ECX:EDX expiry, stack period.
     SetAlarm { "pushl 8(%esp)", "pushl 8(%esp)", "pushl %ecx", "movl %eax, %ecx", "call {function}", "retl" }

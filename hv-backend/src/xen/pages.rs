@@ -99,8 +99,7 @@ impl Xen {
         };
         if !self.frames.is_table(machine, table) {
             // Memory: it is translated when it becomes a table. No processor looks at it before.
-            machine.store(entry, value as u32);
-            return machine.store(entry.wrapping_add(4), (value >> 32) as u32);
+            return machine.store_long(entry, value);
         }
         let place = u64::from(self.frames.machine_frame(machine, table)) << PAGE_SHIFT;
         self.last_table.set(entry & !(PAGE_SIZE - 1));
