@@ -30,7 +30,11 @@ use crate::update::contains;
 use crate::{ATTEMPTS, BASE_STEP, BASES, CallNumber, Reason, Refusal};
 use core::cell::Cell;
 use core::mem::{offset_of, size_of};
-use core::sync::atomic::{AtomicU8, AtomicU32, Ordering::Relaxed};
+use core::sync::atomic::{
+    AtomicU8, AtomicU32,
+    Ordering::{Relaxed, SeqCst},
+    compiler_fence,
+};
 use descriptors::Tables;
 use frames::Frames;
 use interface::{
@@ -96,6 +100,11 @@ pub struct Xen {
     waiting: Cell<u32>,
     /// [`LazyMode`].
     mode: Cell<u32>,
+    /// How many entries may be in `updates` when one more comes that waits. 0 if none may wait.
+    most: Cell<u32>,
+    /// The linear address of the table with the last entry, and its machine address. 0: none.
+    last_table: Cell<u32>,
+    last_place: Cell<u64>,
     frames: Frames,
     /// What Xen says to this virtual processor, and it to Xen, in a cache line of its own.
     shared: Aligned<Shared>,
@@ -270,14 +279,20 @@ impl Xen {
     /// Runs a section that no event divides.
     #[inline(always)]
     pub fn uninterrupted<R>(&self, machine: &impl Machine, section: impl FnOnce() -> R) -> R {
+        self.uninterrupted_until(section, || deliver(machine))
+    }
+
+    /// The same. If something became pending, `deliver` is called, which does as [`deliver`] in the caller's own way.
+    #[inline(always)]
+    pub fn uninterrupted_until<R>(&self, section: impl FnOnce() -> R, deliver: impl FnOnce()) -> R {
         let were_off = self.shared.mask.load(Relaxed);
         self.shared.mask.store(1, Relaxed);
-        core::sync::atomic::compiler_fence(core::sync::atomic::Ordering::SeqCst);
+        compiler_fence(SeqCst);
         let result = section();
-        core::sync::atomic::compiler_fence(core::sync::atomic::Ordering::SeqCst);
+        compiler_fence(SeqCst);
         self.shared.mask.store(were_off, Relaxed);
         if were_off == 0 && self.shared.pending.load(Relaxed) != 0 {
-            deliver(machine);
+            deliver();
         }
         result
     }
@@ -313,6 +328,7 @@ impl Xen {
             self.flush(machine);
         }
         self.mode.set(mode.0);
+        self.most.set(if mode == LazyMode::MMU { BATCH as u32 - 1 } else { 0 });
     }
 
     /// Whether the guest is in this mode.
@@ -487,7 +503,7 @@ fn apply(machine: &impl Machine, updates: &[Cell<MmuUpdate>]) -> Result<(), Refu
 /// Has Xen look for pending events: it does so on the way back from every hypercall. This one does nothing else.
 #[cold]
 #[inline(never)]
-fn deliver(machine: &impl Machine) {
+pub fn deliver(machine: &impl Machine) {
     machine.hypercall(hypercall::XEN_VERSION, [0; 4]);
 }
 

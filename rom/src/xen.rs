@@ -255,8 +255,26 @@ entries! {
     /// EDX:EAX value, ECX entry, stack flags.
     SetPxELong { "pushl %eax", "call {function}", "retl" }
     set_entry(entry, high, low) {
-        let value = u64::from(high) << 32 | u64::from(low);
-        uninterrupted(|xen| xen.set_entry(&Cpu, value, entry));
+        let xen = xen();
+        let take = || xen.take_entry(&Cpu, u64::from(high) << 32 | u64::from(low), entry);
+        // Before a call of its own the compiler would find the global offset table, of which there is none.
+        // SAFETY: it takes no arguments, and keeps what this declares.
+        let deliver = || unsafe { asm!("call {}", sym deliver_pending, clobber_abi("fastcall")) };
+        if !xen.uninterrupted_until(take, deliver) {
+            // SAFETY: it has this function's arguments, and takes the last from the stack.
+            unsafe {
+                asm!(
+                    "pushl {low}",
+                    "call {function}",
+                    low = in(reg) low,
+                    in("ecx") entry,
+                    in("edx") high,
+                    function = sym set_any_entry,
+                    clobber_abi("fastcall"),
+                    options(att_syntax),
+                );
+            }
+        }
     }
 
     /// EAX frame -> EAX.
@@ -339,6 +357,17 @@ entries! {
     /// EAX mode.
     SetLazyMode { "movl %eax, %ecx", "jmp {function}" }
     set_lazy_mode(mode) { uninterrupted(|xen| xen.set_lazy_mode(&Cpu, LazyMode(mode))); }
+}
+
+/// SetPxELong in its other cases.
+extern "fastcall" fn set_any_entry(entry: u32, high: u32, low: u32) {
+    let value = u64::from(high) << 32 | u64::from(low);
+    uninterrupted(|xen| xen.set_entry(&Cpu, value, entry));
+}
+
+/// Has Xen deliver what is pending.
+extern "fastcall" fn deliver_pending() {
+    vmi_hv_backend::xen::deliver(&Cpu);
 }
 
 /// Hands over what waits.
@@ -506,8 +535,15 @@ routines! {
         find_state!(),
         "cmpl $0, %ss:{waiting}(%eax)",
         "jne 3f",
-        "2: movl ${number}, %eax",
+        // Xen's IRET ends a domain that returns into ring 0, or into virtual-8086 mode. The instruction only faults.
+        "2: testb $3, 8(%esp)",
+        "jz 4f",
+        "testl ${virtual_8086}, 12(%esp)",
+        "jnz 4f",
+        "movl ${number}, %eax",
         "int ${hypercall}",
+        "4: popl %eax",
+        "iretl",
         "3: pushal",
         "pushl %ds",
         "pushl %es",
@@ -522,6 +558,7 @@ routines! {
         "jmp 2b",
         distance = const DISTANCE,
         waiting = const Xen::WAITING_OFFSET,
+        virtual_8086 = const EFlags::FLAGS_VM.bits(),
         number = const hypercall::IRET,
         hypercall = const HYPERCALL_VECTOR,
         flush = sym flush,

@@ -1,6 +1,6 @@
 //! The guest's frames and the machine's.
 
-use super::interface::{Entry, INVALID_FRAME, PAGE_SHIFT, PAGE_SIZE, Placement, hypercall, memory};
+use super::interface::{Entry, PAGE_SHIFT, Placement, hypercall, memory};
 use super::machine::Machine;
 use core::cell::Cell;
 
@@ -74,14 +74,15 @@ impl Frames {
         frame < self.pages.get()
     }
 
-    /// PhysicalToMachine. What is not the guest's memory is the machine's: devices.
+    /// PhysicalToMachine. What is not the guest's memory is the machine's: devices. A frame that the domain does not have leads to
+    /// none, which Xen refuses.
     #[inline(always)]
     pub(super) fn machine_frame(&self, machine: &impl Machine, frame: u32) -> u32 {
-        if !self.is_own(frame) {
-            return frame;
+        if self.is_own(frame) {
+            machine.load(self.p2m.get().wrapping_add(frame * 4))
+        } else {
+            frame
         }
-        let found = machine.load(self.p2m.get().wrapping_add(frame * 4));
-        if found == INVALID_FRAME { frame } else { found }
     }
 
     /// MachineToPhysical. Xen's list is believed only where the loader's says the same: it also has frames of others.
@@ -96,7 +97,13 @@ impl Frames {
     /// Whether a frame has to stay read-only.
     #[inline(always)]
     pub(super) fn is_table(&self, machine: &impl Machine, frame: u32) -> bool {
-        self.is_own(frame) && machine.load(self.word_of(frame)) >> (frame % 32) & 1 != 0
+        self.is_own(frame) && self.is_marked(machine, frame)
+    }
+
+    /// The same of one that is the guest's memory.
+    #[inline(always)]
+    pub(super) fn is_marked(&self, machine: &impl Machine, frame: u32) -> bool {
+        machine.load(self.word_of(frame)) >> (frame % 32) & 1 != 0
     }
 
     /// Whether a frame is a table that leads to tables.
@@ -153,13 +160,6 @@ impl Frames {
             let page = address.wrapping_sub(slot.start) >> PAGE_SHIFT;
             (page < slot.pages).then(|| slot.frame.wrapping_add(page))
         })
-    }
-
-    /// The machine address of a linear one.
-    #[inline(always)]
-    pub(super) fn machine_address(&self, machine: &impl Machine, address: u32) -> Option<u64> {
-        let frame = self.machine_frame(machine, self.frame_of(address)?);
-        Some(u64::from(frame) << PAGE_SHIFT | u64::from(address % PAGE_SIZE))
     }
 
     /// An entry as Xen takes it: the machine's frame, and not global. One that maps a table does so read-only; `leads_to_tables` says

@@ -10,7 +10,7 @@ use super::interface::{
     uvmf,
 };
 use super::machine::Machine;
-use super::{BATCH, ONE_CALL, Xen};
+use super::{ONE_CALL, Xen};
 use crate::CallNumber;
 use core::ops::Range;
 use vmi_abi::flags::{FlushFlags, LazyMode, PageFlags};
@@ -65,38 +65,60 @@ const LARGE: u64 = Entry::LARGE.bits();
 const NEW: u64 = 1 << 62;
 
 impl Xen {
-    /// SetPxE, SetPxELong: at once, or it waits.
+    /// SetPxELong in the frequent case: an entry of the same table as the last one, that waits, and leads to memory that is no table.
+    /// Any other is not taken, and nothing is changed. Interrupts are off.
     #[inline(always)]
-    pub fn set_entry(&self, machine: &impl Machine, value: u64, entry: u32) {
-        let Some(ptr) = self.frames.machine_address(machine, entry) else {
-            return self.refuse(machine, number::SetPxELong, entry, 0);
-        };
-        let leads_to_tables = || {
-            self.frames
-                .frame_of(entry)
-                .is_some_and(|table| self.frames.is_directory(machine, table))
-        };
-        let val = self.frames.machine_entry(machine, value, leads_to_tables);
-        // The calls of a context switch never wait in this mode; out of it one may be there.
-        if !self.is_in(LazyMode::MMU) {
-            return self.set_entry_now(machine, MmuUpdate { ptr, val });
-        }
+    pub fn take_entry(&self, machine: &impl Machine, value: u64, entry: u32) -> bool {
         let waiting = self.waiting.get();
-        let Some(place) = self.updates.get(waiting as usize) else { return };
-        place.set(MmuUpdate { ptr, val });
-        self.waiting.set(waiting + 1);
-        if waiting as usize + 1 == BATCH {
-            self.flush(machine);
+        let offset = entry ^ self.last_table.get();
+        if waiting >= self.most.get() || offset >= PAGE_SIZE {
+            return false;
         }
+        let mut val = value;
+        if value & PRESENT != 0 {
+            let frame = frame_in(value);
+            if !self.frames.is_own(frame) || self.frames.is_marked(machine, frame) {
+                return false;
+            }
+            let found = u64::from(self.frames.machine_frame(machine, frame)) << PAGE_SHIFT;
+            val = value & !(Entry::FRAME | Entry::GLOBAL).bits() | found;
+        }
+        let Some(place) = self.updates.get(waiting as usize) else { return false };
+        place.set(MmuUpdate { ptr: self.last_place.get() | u64::from(offset), val });
+        self.waiting.set(waiting + 1);
+        true
     }
 
-    #[inline(never)]
-    fn set_entry_now(&self, machine: &impl Machine, update: MmuUpdate) {
-        self.flush(machine);
-        let [place, ..] = &self.updates;
-        place.set(update);
-        self.waiting.set(1);
-        self.flush(machine);
+    /// SetPxELong: at once, or it waits.
+    pub fn set_entry(&self, machine: &impl Machine, value: u64, entry: u32) {
+        if self.take_entry(machine, value, entry) {
+            return;
+        }
+        let Some(table) = self.frames.frame_of(entry) else {
+            return self.refuse(machine, number::SetPxELong, entry, 0);
+        };
+        if !self.frames.is_table(machine, table) {
+            // Memory: it is translated when it becomes a table. No processor looks at it before.
+            machine.store(entry, value as u32);
+            return machine.store(entry.wrapping_add(4), (value >> 32) as u32);
+        }
+        let place = u64::from(self.frames.machine_frame(machine, table)) << PAGE_SHIFT;
+        self.last_table.set(entry & !(PAGE_SIZE - 1));
+        self.last_place.set(place);
+        let leads_to_tables = || self.frames.is_directory(machine, table);
+        let val = self.frames.machine_entry(machine, value, leads_to_tables);
+        if !self.is_in(LazyMode::MMU) {
+            self.flush(machine);
+        }
+        let waiting = self.waiting.get();
+        if let Some(free) = self.updates.get(waiting as usize) {
+            free.set(MmuUpdate { ptr: place | u64::from(entry % PAGE_SIZE), val });
+            self.waiting.set(waiting + 1);
+        }
+        // The last place, or out of the mode.
+        if waiting >= self.most.get() {
+            self.flush(machine);
+        }
     }
 
     /// MachineToPhysical.
@@ -223,6 +245,7 @@ impl Xen {
         if !self.frames.is_table(machine, frame) {
             return;
         }
+        self.last_table.set(0);
         let level = Level::of(PageFlags::from_bits_retain(flags));
         if level == Level::Pointers {
             let arg1 = self.frames.machine_frame(machine, frame);

@@ -2,8 +2,8 @@
 
 use super::*;
 use crate::xen::interface::{
-    Entry, INVALID_FRAME, PAGE_SHIFT, PLACEMENT_SIGNATURE, PLACEMENT_VERSION, SharedInfo,
-    event_channel, mmuext, uvmf,
+    Entry, PAGE_SHIFT, PLACEMENT_SIGNATURE, PLACEMENT_VERSION, SharedInfo, event_channel, mmuext,
+    uvmf,
 };
 use core::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -104,6 +104,14 @@ impl Model {
     pub(super) fn started(&self) -> std::boxed::Box<Xen> {
         let xen = zeroed();
         assert_eq!(self.start(&xen), Ok(()));
+        self.made.borrow_mut().clear();
+        xen
+    }
+
+    /// The same, with a page table in frame 3, of which all is Xen's by now.
+    pub(super) fn with_table(&self) -> std::boxed::Box<Xen> {
+        let xen = self.started();
+        xen.allocate_page(self, 3, PageFlags::PT.bits(), (0, 0, 0));
         self.made.borrow_mut().clear();
         xen
     }
@@ -297,6 +305,9 @@ pub(super) fn zeroed() -> std::boxed::Box<Xen> {
         refusals: Cell::default(),
         waiting: Cell::default(),
         mode: Cell::default(),
+        most: Cell::default(),
+        last_table: Cell::default(),
+        last_place: Cell::default(),
         frames: Frames::default(),
         shared: Aligned::default(),
         cr0: Cell::default(),
@@ -433,5 +444,3 @@ impl Machine for Model {
         std::panic::panic_any(ShutDown(reason))
     }
 }
-
-const _: () = assert!(INVALID_FRAME == u32::MAX);
