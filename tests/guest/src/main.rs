@@ -17,6 +17,7 @@
 //! - `crowd`: several processors at one call site,
 //! - `costs`: instructions of what a kernel does, with the ROM and without,
 //! - `hypervisor`: the reference hypervisor below, where there is one,
+//! - `xen`: Xen's own console and events, beside VMI,
 //! - `workload`: what a kernel does to page tables all day, and what that costs under the hypervisor,
 //! - `hostile`: what no guest should do to that hypervisor,
 //! - `functions`: the functions that `vmi-abi` makes of the calls,
@@ -70,6 +71,8 @@ mod suite;
 mod traps;
 #[cfg(target_os = "none")]
 mod workload;
+#[cfg(target_os = "none")]
+mod xen;
 
 #[cfg(not(target_os = "none"))]
 fn main() {

@@ -17,7 +17,7 @@ use crate::session::Session;
 use crate::site::{self, Place, Rewriting};
 use crate::traps;
 use crate::{
-    checks, command_line, console, costs, crowd, devices, functions, host, segments, workload,
+    checks, command_line, console, costs, crowd, devices, functions, host, segments, workload, xen,
 };
 use vmi_abi::flags::RebootKind;
 use vmi_abi::header::checksum;
@@ -125,6 +125,7 @@ pub(crate) extern "C" fn main_on_a_host() -> ! {
     check_sum(&mut report, rom);
     functions::check();
     test_rom(&mut report, space, 1, rom);
+    xen::run(&mut report, rom);
     check_fingerprint(&mut report, rom, fingerprint);
     let mut session = open_reboot(rom);
     session.judge_answer();

@@ -222,6 +222,13 @@ extern "C" fn handle(frame: *mut Frame) {
         }
         harness::interrupted(frame);
     }
+    unexpected(frame)
+}
+
+/// An exception that nobody waits for. Apart from [`handle`], which is to need little of an interrupted call's stack.
+#[cold]
+#[inline(never)]
+fn unexpected(frame: &Frame) -> ! {
     report::abandon(format_args!(
         "exception {} outside of a call: error {:#x}, CR2 {:#010x}, {frame:#x?}",
         frame.vector,
