@@ -272,7 +272,7 @@ impl Xen {
         self.cr0.set(cr0);
         self.cr4.set(cr4);
         // The upper bits of a frame's number are in the lowest bits.
-        let frame = cr3 >> PAGE_SHIFT | cr3 << (32 - PAGE_SHIFT);
+        let frame = cr3.rotate_right(PAGE_SHIFT);
         self.cr3.set(self.frames.own_frame(machine, frame) << PAGE_SHIFT);
         self.chosen.set(Self::CHOSEN);
         Ok(())

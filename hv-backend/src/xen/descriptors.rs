@@ -5,7 +5,8 @@
 //! them: reads match writes, and the task state segment is found there.
 
 use super::interface::{
-    DESCRIPTORS_IN_A_PAGE, MmuExtOp, PAGE_SIZE, TRAP_DISABLES_EVENTS, TrapInfo, hypercall, mmuext,
+    DESCRIPTORS_IN_A_PAGE, MmuExtOp, PAGE_SHIFT, PAGE_SIZE, TRAP_DISABLES_EVENTS, TrapInfo,
+    hypercall, mmuext,
 };
 use super::machine::Machine;
 use super::{GDT_OFFSET, LDT_OFFSET, TRAPS, Xen};
@@ -403,8 +404,9 @@ impl Xen {
         call: CallNumber,
     ) {
         let (low, high) = segment(low, high);
-        let address = self.copy_frame(machine, offset) << 12 | index * SIZE;
-        let upper = self.copy_frame(machine, offset) >> 20;
+        let frame = self.copy_frame(machine, offset);
+        let address = (frame << PAGE_SHIFT) + index * SIZE;
+        let upper = frame >> (32 - PAGE_SHIFT);
         self.call(machine, hypercall::UPDATE_DESCRIPTOR, [address, upper, low, high], call);
     }
 

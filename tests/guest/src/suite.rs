@@ -125,7 +125,7 @@ pub(crate) extern "C" fn main_on_a_host() -> ! {
     check_sum(&mut report, rom);
     functions::check();
     test_rom(&mut report, space, 1, rom);
-    xen::run(&mut report, rom);
+    xen::run(&mut report, space, rom);
     check_fingerprint(&mut report, rom, fingerprint);
     let mut session = open_reboot(rom);
     session.judge_answer();

@@ -5,12 +5,15 @@
 
 #![expect(unsafe_code, reason = "UNSAFETY: hypercalls, and the page that Xen shares")]
 
+mod costs;
+
 use crate::boot::PAGE_OFFSET;
 use crate::host::{self, CALLS};
 use crate::paging::PAGE;
+use crate::paging::Space;
 use crate::report::{Problems, Report};
 use crate::rom::Rom;
-use crate::{devices, traps};
+use crate::{command_line, devices, traps};
 use core::arch::asm;
 use core::mem::offset_of;
 use vmi_hv_backend::reference::interface::GRANT_OFFSET;
@@ -116,7 +119,7 @@ impl Bit {
 }
 
 /// Tries both, where Xen is below.
-pub(crate) fn run(report: &mut Report, rom: Rom) {
+pub(crate) fn run(report: &mut Report, space: Space, rom: Rom) {
     if !is_there() {
         return;
     }
@@ -134,6 +137,9 @@ pub(crate) fn run(report: &mut Report, rom: Rom) {
         None => expect(false, format_args!("nobody has said where Xen's shared page is")),
     }
     report.point(format_args!("Xen's console and an event channel, beside the ROM"), &problems);
+    if command_line::has("costs") {
+        costs::count(space);
+    }
 }
 
 /// Sends an event to itself, and looks for it.

@@ -327,12 +327,12 @@ pub(super) fn zeroed() -> std::boxed::Box<Xen> {
 
 impl Machine for Model {
     fn load(&self, address: u32) -> u32 {
-        assert!(address % 4 == 0 && address >= LINEAR, "{address:#x}");
+        assert!(address.is_multiple_of(4) && address >= LINEAR, "{address:#x}");
         self.memory.borrow().get(&address).copied().unwrap_or(0)
     }
 
     fn store(&self, address: u32, value: u32) {
-        assert!(address % 4 == 0, "{address:#x}");
+        assert!(address.is_multiple_of(4), "{address:#x}");
         let frame = address.wrapping_sub(LINEAR) >> 12;
         assert!(!self.read_only.borrow().contains(&frame), "a page fault at {address:#x}");
         self.memory.borrow_mut().insert(address, value);
@@ -438,7 +438,7 @@ impl Machine for Model {
     fn control(&self) -> (u32, u32, u32) {
         let root = machine_frame(7);
         let switched = u32::from(self.task_switched.get()) << 3;
-        (0x8000_0033 | switched, root << 12 | root >> 20, 0x20)
+        (0x8000_0033 | switched, root.rotate_left(12), 0x20)
     }
 
     fn say(&self, text: &[Cell<u8>]) {
