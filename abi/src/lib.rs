@@ -9,6 +9,7 @@
 //! - [`flags`]: the bit sets that travel in arguments,
 //! - [`state`]: structures in memory (descriptor table registers, the state of a starting processor),
 //! - [`probe`]: how a guest recognises a ROM,
+//! - [`entry`]: a kernel's second start, for hypervisors that start kernels themselves,
 //! - [`vmi`]: the calls as functions, for kernels in Rust.
 //!
 //! The facts come from the interface proposal of March 2006 and from the clients that exist (Linux
@@ -21,6 +22,7 @@
 
 pub mod calls;
 pub mod contract;
+pub mod entry;
 pub mod flags;
 pub mod header;
 pub mod probe;

@@ -6,6 +6,7 @@
 //! - `entry`: the 16-bit code that the BIOS runs at POST,
 //! - `processors`: the part of it that finds out whether call sites may be rewritten,
 //! - `table`: `get_reloc` of revision 3.0 and its table, made from the declaration of the calls,
+//! - `granted`: what backends for hypervisors share,
 //! - `reference`: the backend for the reference hypervisor, its memory and its entries,
 //! - `xen`: the same for Xen,
 //! - `slots`: what revision 13.x has in its place,
@@ -45,6 +46,8 @@ macro_rules! backends {
 mod processors;
 #[cfg(target_os = "none")]
 mod entry;
+#[cfg(all(target_os = "none", feature = "reference"))]
+mod granted;
 #[cfg(target_os = "none")]
 mod header;
 #[cfg(all(target_os = "none", feature = "linked"))]

@@ -14,11 +14,12 @@
 )]
 #![expect(non_snake_case, reason = "the specification's names")]
 
+use crate::granted::{DISTANCE, entries, granted};
 use core::arch::{asm, global_asm, naked_asm};
 use core::mem::{MaybeUninit, offset_of};
 use vmi_abi::flags::LazyMode;
 use vmi_abi::{CALLS_3_0, for_each_call, number};
-use vmi_hv_backend::reference::interface::{BATCH_LIMIT, GRANT_OFFSET, GRANT_SIGNATURE, Grant};
+use vmi_hv_backend::reference::interface::{BATCH_LIMIT, GRANT_SIGNATURE};
 use vmi_hv_backend::reference::{Reference, cpuid};
 use vmi_hv_backend::{Backend, Queue, Role, Update, detect};
 use vmi_native_backend::calls as native;
@@ -62,9 +63,6 @@ pub(crate) const GRANT: [u32; 2] = [GRANT_SIGNATURE, MEMORY];
 
 /// What [`State::chosen`] says where this backend is chosen.
 const REFERENCE: u32 = 1;
-
-/// Offset in the image of the page's distance.
-pub(crate) const DISTANCE: usize = GRANT_OFFSET + offset_of!(Grant, distance);
 
 /// Offset in the page of the word that says whether a backend is chosen.
 pub(crate) const CHOSEN: usize = offset_of!(State, chosen);
@@ -119,20 +117,9 @@ extern "fastcall" fn choose(state: *mut State) {
 /// A backend is chosen.
 #[inline(always)]
 unsafe fn chosen() -> (&'static Transport, &'static Queue<{ BATCH_LIMIT as usize }>) {
-    let state: *const State;
-    // SAFETY: the distance lies in the image, and leads to the state.
-    unsafe {
-        asm!(
-            "call 2f",
-            "2: popl {0}",
-            "addl (rom_start - 2b + {distance})({0}), {0}",
-            "addl $(rom_start - 2b), {0}",
-            out(reg) state,
-            distance = const DISTANCE,
-            options(att_syntax),
-        );
-        ((*state).transport.assume_init_ref(), &(*state).queue)
-    }
+    let state: *const State = granted();
+    // SAFETY: the state of a backend that is chosen.
+    unsafe { ((*state).transport.assume_init_ref(), &(*state).queue) }
 }
 
 /// Hands an update to the queue. Interrupts are off.
@@ -153,26 +140,6 @@ fn flushed<R>(effect: impl FnOnce() -> R) -> R {
     // SAFETY: as above.
     let (transport, queue) = unsafe { chosen() };
     queue.flushed(transport, effect)
-}
-
-/// Defines entries: what the naked routine does to call the function behind it, whose arguments are, in this order, ECX, EDX
-/// and the stack, from which it takes them.
-macro_rules! entries {
-    ($(
-        $(#[$attribute:meta])*
-        $name:ident { $($assembly:literal),+ } $function:ident($($argument:ident),*) $(-> $result:ty)? $body:block
-    )*) => { $(
-        $(#[$attribute])*
-        ///
-        /// # Safety
-        ///
-        /// As for every call, and a backend is chosen.
-        #[unsafe(naked)]
-        unsafe extern "C" fn $name() {
-            extern "fastcall" fn $function($($argument: u32),*) $(-> $result)? $body
-            naked_asm!($($assembly,)+ function = sym $function, options(att_syntax))
-        }
-    )* };
 }
 
 /// Defines entries of calls that are updates: before the section with interrupts off what may fault, in it what brings the

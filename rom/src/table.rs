@@ -10,7 +10,7 @@ use vmi_abi::{CALLS_3_0, CallNumber, RelocationInfo, RelocationType, for_each_ca
 use vmi_native_backend::binding::{Bind, SHORT_PLAIN, SiteRule, answer, is_short, least_rule};
 
 #[cfg(feature = "reference")]
-use crate::reference::{CHOSEN, DISTANCE};
+use crate::{granted::DISTANCE, reference::CHOSEN};
 #[cfg(not(feature = "reference"))]
 use unplaced::{CHOSEN, DISTANCE};
 

@@ -32,7 +32,7 @@ const STATIC_TARGET: &str = "x86_64-unknown-linux-gnu";
 const LONG_MODE_TARGET: &str = "x86_64-unknown-none";
 
 /// What is compiled for the first.
-const BARE_PACKAGES: [&str; 16] = [
+const BARE_PACKAGES: [&str; 18] = [
     "--package",
     "vmi-abi",
     "--package",
@@ -47,6 +47,8 @@ const BARE_PACKAGES: [&str; 16] = [
     "vmi-example-kernel",
     "--package",
     "vmi-linux-init",
+    "--package",
+    "vmi-xen-loader",
     "--features",
     "vmi-rom/xen",
 ];
@@ -225,6 +227,17 @@ pub fn write_for_card(rom: &Rom, vendor: u16, device: u16) -> Result<PathBuf> {
 pub fn guest(tools: &Tools, links: &[Link]) -> Result<PathBuf> {
     let path = guest_path();
     kernel(tools, "vmi-guest", &path, links)?;
+    Ok(path)
+}
+
+/// Builds what starts the guest on Xen.
+///
+/// # Errors
+///
+/// It does not compile.
+pub fn xen_loader(tools: &Tools) -> Result<PathBuf> {
+    let path = crate::workspace().join("target/xen/vmi-xen-loader.elf");
+    kernel(tools, "vmi-xen-loader", &path, &[])?;
     Ok(path)
 }
 

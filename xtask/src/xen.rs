@@ -1,3 +1,181 @@
-//! The test guest on Xen.
+//! The test guest on Xen: the machine, the run, and what Xen says of it.
 
 pub mod source;
+
+use crate::build::{self, Form, Tools};
+use crate::conformance::{Client, Conformance};
+use crate::link;
+use crate::qemu::{Attachment, BANNER, Machine, Module};
+use crate::toolchain::{self, Emulator, Findings};
+use anyhow::{Context, Result};
+use source::Xen;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::time::Duration;
+
+/// Xen's words: its console is the second port, for the guest has the first; 32-bit guests are wanted; all is said.
+const COMMAND_LINE: &str = "console=com2 com2=115200,8n1 pv=32 loglvl=all guest_loglvl=all";
+
+/// What Xen says when a run has failed, however QEMU ends.
+const COMPLAINTS: [&str; 4] = ["Panic on CPU", "Dom0 crashed", "domain_crash", "Assertion "];
+
+/// What is built for such runs.
+#[derive(Clone, Debug)]
+pub struct Built {
+    /// QEMU.
+    pub emulator: Emulator,
+    /// What starts the guest.
+    pub loader: PathBuf,
+    /// The test guest.
+    pub guest: PathBuf,
+    /// The image that knows Xen.
+    pub rom: PathBuf,
+}
+
+/// Builds loader, guest and image.
+///
+/// # Errors
+///
+/// Something that the build needs is missing, or the build fails.
+pub fn build_all(findings: &Findings) -> Result<Built> {
+    let tools = Tools::from_findings(findings)?;
+    let emulator = toolchain::long_mode_emulator()
+        .map_err(anyhow::Error::msg)
+        .context("no QEMU with long mode; `cargo xtask setup` says how to get it")?;
+    let slots = [build::rom(&tools, Form::Slots13_0)?, build::rom(&tools, Form::Slots13_3)?];
+    let links = link::all(&tools, &slots)?;
+    Ok(Built {
+        emulator,
+        loader: build::xen_loader(&tools)?,
+        guest: build::guest(&tools, &links)?,
+        rom: build::rom(&tools, Form::Hypervisors)?.path,
+    })
+}
+
+/// Builds loader, guest and image, once in this process.
+///
+/// # Errors
+///
+/// As [`build_all`]; the same answer each time.
+pub fn ensure() -> Result<&'static Built> {
+    static BUILT: OnceLock<Result<Built, String>> = OnceLock::new();
+    BUILT
+        .get_or_init(|| build_all(&Findings::gather()).map_err(|error| format!("{error:#}")))
+        .as_ref()
+        .map_err(|error| anyhow::anyhow!("{error}"))
+}
+
+/// The guest on Xen.
+#[derive(Clone, Debug)]
+pub struct Setup<'a> {
+    /// What is run.
+    pub built: &'a Built,
+    /// The hypervisor.
+    pub xen: &'a Xen,
+    /// Another image instead of ours.
+    pub rom: Option<&'a Path>,
+    /// How long the run may take.
+    pub limit: Duration,
+}
+
+/// What came of a run on Xen.
+#[derive(Clone, Debug)]
+pub struct Hosted {
+    /// What the guest said. [`crate::qemu::Run::host`] has Xen's console.
+    pub conformance: Conformance,
+    /// What Xen complains of.
+    pub crash: Option<String>,
+}
+
+impl Hosted {
+    /// Why it did not pass; nothing if it did.
+    #[must_use]
+    pub fn complaint(&self) -> Option<String> {
+        self.crash
+            .as_ref()
+            .map(|line| format!("Xen says: {line}"))
+            .or_else(|| self.conformance.complaint())
+    }
+
+    /// What Xen and the loader said last.
+    #[must_use]
+    pub fn last_lines(&self, count: usize) -> Vec<&str> {
+        let lines = self.conformance.run.host.lines();
+        let lines: Vec<&str> = lines.filter(|line| !line.trim().is_empty()).collect();
+        lines[lines.len().saturating_sub(count)..].to_vec()
+    }
+}
+
+impl Setup<'_> {
+    /// The machine; Xen's console goes into a file.
+    fn machine(&self, console: &Path) -> Result<Machine> {
+        let rom = self.rom.unwrap_or(&self.built.rom);
+        let module = |path: &Path, words: &str| Module { path: path.into(), words: words.into() };
+        let has_banner =
+            build::read(rom)?.windows(BANNER.len()).any(|part| part == BANNER.as_bytes());
+        let mut port = std::ffi::OsString::from("file:");
+        port.push(console);
+        Ok(Machine {
+            // Others either hang or are refused by Xen, or by what it wants to know of idle processors.
+            cpu: "qemu64".into(),
+            roms: vec![Attachment::OptionRom(rom.to_owned())],
+            kernel: Some(self.xen.path.clone()),
+            // What follows the loader's name is the guest's command line.
+            modules: vec![module(&self.built.loader, "client=3.0"), module(&self.built.guest, "")],
+            append: Some(COMMAND_LINE.into()),
+            // Xen's clocks want a steady processor no more than they want one that skips.
+            steady_time: false,
+            extra: vec!["-serial".into(), port],
+            limit: self.limit,
+            banner: has_banner.then(|| BANNER.into()),
+            ..Machine::default()
+        })
+    }
+
+    /// Runs the guest, and hands each line of its serial port to `progress`.
+    ///
+    /// # Errors
+    ///
+    /// The machine cannot be run at all.
+    pub fn run(&self, progress: impl Fn(&str)) -> Result<Hosted> {
+        let folder = tempfile::tempdir().context("cannot make a folder for Xen's console")?;
+        let console = folder.path().join("console");
+        let machine = self.machine(&console)?;
+        let mut run = machine.follow(&self.built.emulator, progress).context("Xen was not run")?;
+        // QEMU ended before it made the file.
+        run.host = std::fs::read(&console)
+            .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+            .unwrap_or_default();
+        let crash = crash(&run.host);
+        let conformance = Conformance::of(run, Client::Lookup, false, machine.steady_time);
+        Ok(Hosted { conformance, crash })
+    }
+}
+
+/// The line in which Xen says that a run has failed.
+fn crash(console: &str) -> Option<String> {
+    let is_one = |line: &&str| COMPLAINTS.iter().any(|complaint| line.contains(complaint));
+    console.lines().find(is_one).map(|line| line.trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_xen_complains_of_is_found() {
+        let console = "(XEN) Std. Loglevel: All\r\n(XEN) Hardware Dom0 crashed: rebooting machine in 5 seconds.\r\n";
+        assert_eq!(
+            crash(console).as_deref(),
+            Some("(XEN) Hardware Dom0 crashed: rebooting machine in 5 seconds.")
+        );
+        assert_eq!(crash("(XEN) Freed 612kB init memory\n"), None);
+        for line in [
+            "(XEN) Panic on CPU 0:",
+            "(XEN) domain_crash called from x.c:1",
+            "(XEN) Assertion 'a' failed",
+        ] {
+            assert_eq!(crash(line).as_deref(), Some(line));
+        }
+    }
+}

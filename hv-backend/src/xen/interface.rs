@@ -29,11 +29,20 @@ pub struct Placement {
     pub p2m: u32,
     /// How many frames the guest has, from 0 on.
     pub pages: u32,
-    /// One bit for each of those frames, set for what must stay read-only: page tables, and descriptor tables. Bit n is bit
-    /// n mod 32 of word n / 32.
+    /// One bit for each of those frames, set for what must stay read-only: page tables of all levels above all. Bit n is bit
+    /// n mod 32 of word n / 32. Directly behind these words are as many others, with the bits of page directories and of page
+    /// directory pointer tables.
     pub tables: u32,
     /// Where Xen's part of the linear address space begins.
     pub virtual_top: u32,
+}
+
+impl Placement {
+    /// Whether the loader left it, and in a form that is known here.
+    #[must_use]
+    pub const fn is_valid(&self) -> bool {
+        self.signature == PLACEMENT_SIGNATURE && self.version == PLACEMENT_VERSION
+    }
 }
 
 /// The bytes `VmiX`.
@@ -134,6 +143,8 @@ pub mod error {
     pub const EAGAIN: i32 = -11;
     /// An argument is wrong.
     pub const EINVAL: i32 = -22;
+    /// The time for it is over.
+    pub const ETIME: i32 = -62;
     /// No such hypercall.
     pub const ENOSYS: i32 = -38;
     /// It was interrupted, and can be made again.
@@ -245,7 +256,7 @@ pub const TRAP_DISABLES_EVENTS: u8 = 4;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct MulticallEntry {
-    /// The hypercall's number. Xen may overwrite all but the result.
+    /// The hypercall's number. A Xen for debugging overwrites all but the result.
     pub op: u32,
     /// Its result.
     pub result: i32,
@@ -294,7 +305,11 @@ pub mod event_channel {
 pub mod vcpu {
     #![expect(missing_docs, reason = "each is Xen's name for it")]
 
+    /// Argument: the address of a [`super::RunState`], of 64 bits.
+    pub const REGISTER_RUNSTATE: u32 = 5;
     pub const STOP_PERIODIC_TIMER: u32 = 7;
+    /// Argument: the frame, of 64 bits, the offset in it, 0.
+    pub const REGISTER_VCPU_INFO: u32 = 10;
 }
 
 /// `physdev_op(command, argument)`.
@@ -307,6 +322,8 @@ pub mod physdev {
 
 /// `memory_op(command, argument)`.
 pub mod memory {
+    /// Answers the machine's last frame.
+    pub const MAXIMUM_RAM_PAGE: u32 = 2;
     /// Argument: pointer to [`super::MachphysMapping`].
     pub const MACHPHYS_MAPPING: u32 = 12;
     /// Argument: pointer to the number of entries and the address of the buffer. The memory that the guest may use.
@@ -445,6 +462,20 @@ pub struct VcpuInfo {
 
 const_assert_eq!(size_of::<VcpuInfo>(), 64);
 const_assert_eq!(offset_of!(VcpuInfo, time), 32);
+
+/// How a virtual processor spent its time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct RunState {
+    /// One of the four states below, by its index.
+    pub state: u32,
+    /// When it entered it, in system time, low half first.
+    pub entered: [u32; 2],
+    /// The nanoseconds spent running, waiting for a processor, blocked, and off line, each low half first.
+    pub time: [[u32; 2]; 4],
+}
+
+const_assert_eq!(size_of::<RunState>(), 44);
 
 /// Virtual processors that [`SharedInfo`] has room for.
 pub const LEGACY_MAX_VCPUS: usize = 32;

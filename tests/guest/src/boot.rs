@@ -2,6 +2,8 @@
 //!
 //! A multiboot loader starts `boot` in 32-bit protected mode without paging. Four-megabyte pages
 //! map the first 16 MiB at 0 and at C0000000h until [`crate::paging`] builds the real tables.
+//!
+//! Where a hypervisor starts kernels itself, `vmi_entry` comes first: see `docs/vmi-entry.md`.
 
 #![expect(unsafe_code, reason = "UNSAFETY: `global_asm!`")]
 
@@ -58,6 +60,26 @@ global_asm!(
     "ud2",
     ".popsection",
 
+    ".pushsection .note.vmi, \"a\", @note",
+    ".balign 4",
+    // Bytes of the name, bytes of the text, the type, the name, the text.
+    ".long 4, 4, {note_type}",
+    ".asciz \"VMI\"",
+    ".long vmi_entry",
+    ".popsection",
+
+    // In: paging on, flat segments, interrupts off, EAX and EBX as the VMI entry says.
+    ".pushsection .text.vmi_entry, \"ax\", @progbits",
+    "vmi_entry:",
+    "mov esp, offset boot_stack + {stack_size}",
+    "xor ebp, ebp",
+    "push ebx",
+    "push eax",
+    "call {command_line}",
+    "call {start_hosted}",
+    "ud2",
+    ".popsection",
+
     ".pushsection .bss.boot, \"aw\", @nobits",
     ".balign 4096",
     "boot_directory: .skip 4096",
@@ -72,6 +94,8 @@ global_asm!(
     stack_size = const STACK_SIZE,
     command_line = sym crate::command_line::initialize,
     start = sym crate::suite::main,
+    start_hosted = sym crate::suite::main_on_a_host,
+    note_type = const vmi_abi::entry::NOTE_ENTRY,
 );
 
 #[panic_handler]

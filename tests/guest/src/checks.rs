@@ -23,7 +23,7 @@ use crate::paging::USER_CODE_FRAME;
 use crate::report::Problems;
 use crate::rom::{KEPT, Rom};
 use crate::session::{self, FIXED_FLAG, Session};
-use crate::site;
+use crate::{site, traps};
 use core::arch::naked_asm;
 use vmi_abi::header::SLOT_COUNT;
 use vmi_abi::{
@@ -201,15 +201,9 @@ pub(crate) fn read(address: u32) -> Result<u32, Trap> {
     outcome.trap.map_or(Ok(outcome.after.registers.eax), Err)
 }
 
-/// A frame for IRET on the stack, below a return address.
-#[unsafe(naked)]
-unsafe extern "C" fn return_from_interrupt() {
-    naked_asm!("add esp, 4", "iretd")
-}
-
 /// Runs ring 3 with a frame, by the guest's own IRET, until something brings it back.
 pub(crate) fn run_user(registers: Registers, frame: &[u32]) -> Outcome {
-    run_own(return_from_interrupt, registers, frame)
+    run_own(traps::return_from_interrupt, registers, frame)
 }
 
 /// Puts code where ring 3 executes it.

@@ -8,6 +8,9 @@ use spin::Once;
 /// Multiboot specification 0.6.96, section 3.2: what a loader leaves in EAX.
 const LOADER_MAGIC: u32 = 0x2bad_b002;
 
+/// What may be there: the VMI entry passes on the same structure.
+const MAGICS: [u32; 2] = [LOADER_MAGIC, vmi_abi::entry::MAGIC];
+
 /// Section 3.3: the loader's structure begins with flags; this one says that its fifth word is the
 /// address of a command line.
 const HAS_COMMAND_LINE: u32 = 1 << 2;
@@ -25,7 +28,7 @@ static LINE: Once<([u8; LENGTH], usize)> = Once::new();
 /// Takes the command line away before anything overwrites it. `boot` calls it with what it got in
 /// EAX and EBX.
 pub(crate) extern "C" fn initialize(magic: u32, information: u32) {
-    if magic != LOADER_MAGIC || word(information) & HAS_COMMAND_LINE == 0 {
+    if !MAGICS.contains(&magic) || word(information) & HAS_COMMAND_LINE == 0 {
         return;
     }
     let start = word(information + COMMAND_LINE);

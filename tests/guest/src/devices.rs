@@ -1,7 +1,13 @@
 //! The machine around the processor: interrupt controller, timer, local APIC, QEMU's exit.
+//!
+//! A host keeps interrupt controller and timer to itself. There IRQ 0 is the ROM's alarm, which is wired to it.
 
+#![expect(unsafe_code, reason = "UNSAFETY: the calls of a ROM")]
+
+use crate::host::{self, CALLS};
 use crate::paging;
-use crate::processor::{cpuid, halt_forever, has_cmpxchg8b, inb, outb, outl};
+use crate::processor::{cpuid, halt_forever, has_cmpxchg8b, inb, outb, outl, rdtsc};
+use vmi_abi::flags::{AlarmFlags, CycleCounter};
 use vmi_native_backend::binding::SiteRule;
 
 /// QEMU's `isa-debug-exit`: value v ends QEMU with status 2 v + 1.
@@ -53,8 +59,24 @@ fn initialize_interrupts() {
     }
 }
 
+/// The alarm that stands for IRQ 0: of the real cycles, wired to it, as it is without another flag.
+const ALARM: u32 = CycleCounter::REAL.0;
+
+/// Sets it, for so many milliseconds from now on.
+fn set_alarm(milliseconds: u64, flags: AlarmFlags) {
+    let cycles = CALLS.GetCycleFrequency() / 1000 * milliseconds;
+    // SAFETY: handlers are there, and the guest has no other alarm.
+    unsafe {
+        let now = CALLS.GetCycleCounter(CycleCounter::REAL.0);
+        CALLS.SetAlarm(ALARM | flags.bits(), now + cycles, cycles);
+    }
+}
+
 /// Lets only IRQ 0 through, or nothing.
 pub(crate) fn enable_timer_line(enabled: bool) {
+    if host::is_hosted() {
+        return; // There is no line.
+    }
     outb(MASTER_MASK, if enabled { 0xfe } else { 0xff });
 }
 
@@ -66,6 +88,9 @@ pub(crate) fn timer_pending() -> bool {
 
 /// Tells the controller that an interrupt was handled.
 pub(crate) fn end_of_interrupt(line: u8) {
+    if host::is_hosted() {
+        return; // Nobody waits for it.
+    }
     if line >= 8 {
         outb(SLAVE_COMMAND, 0x20);
     }
@@ -89,6 +114,9 @@ fn start_timer(cycles: u16) {
 
 /// Raises IRQ 0 every few milliseconds.
 pub(crate) fn start_ticking() {
+    if host::is_hosted() {
+        return set_alarm(5, AlarmFlags::PERIODIC);
+    }
     let [low, high] = 5000_u16.to_le_bytes();
     outb(TIMER_COMMAND, 0x34); // Counter 0, both bytes, rate generator.
     outb(TIMER_COUNTER, low);
@@ -100,12 +128,26 @@ pub(crate) fn start_ticking() {
 /// `false` when the machine has no such timer.
 pub(crate) fn make_timer_pending() -> bool {
     discard_interrupts();
+    if host::is_hosted() {
+        set_alarm(0, AlarmFlags::empty());
+        // Nothing shows that it has come.
+        let end = rdtsc() + CALLS.GetCycleFrequency() / 1000 * 5;
+        while rdtsc() < end {
+            core::hint::spin_loop();
+        }
+        return true;
+    }
     start_timer(100);
     (0..1_000_000).any(|_| timer_pending())
 }
 
 /// Stops the timer, masks all lines and forgets what is pending: the state to start from.
 pub(crate) fn discard_interrupts() {
+    if host::is_hosted() {
+        // SAFETY: changes nothing but the alarm.
+        unsafe { CALLS.CancelAlarm(ALARM) };
+        return;
+    }
     outb(TIMER_COMMAND, 0x30); // Without a count the counter stands, and its line is low.
     initialize_interrupts(); // The first command word clears the request register.
 }

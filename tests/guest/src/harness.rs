@@ -11,8 +11,9 @@
     reason = "UNSAFETY: the switch is assembly; call sites are memory that the processor executes"
 )]
 
+use crate::host;
 use crate::processor;
-use crate::segments::{KERNEL_DATA, NOWHERE, USER_DATA};
+use crate::segments::{NOWHERE, USER_DATA};
 use crate::traps::Frame;
 use core::arch::naked_asm;
 use core::mem::offset_of;
@@ -85,9 +86,11 @@ struct Shared {
     target: u32,
     /// The guest's own stack while the call runs.
     saved_esp: u32,
+    saved_ss: u32,
 }
 
-static mut SHARED: Shared = Shared { enter: EMPTY, leave: EMPTY, target: 0, saved_esp: 0 };
+static mut SHARED: Shared =
+    Shared { enter: EMPTY, leave: EMPTY, target: 0, saved_esp: 0, saved_ss: 0 };
 
 const EMPTY: Context = Context {
     registers: Registers { eax: 0, ecx: 0, edx: 0, ebx: 0, ebp: 0, esi: 0, edi: 0 },
@@ -207,12 +210,17 @@ pub(crate) fn run(entry: &Entry<'_>) -> Outcome {
     let state = shared();
     state.enter = Context { esp, ..entry.context };
     state.target = entry.target;
+    host::set_interrupt_flag(entry.context.eflags);
     // SAFETY: the state is complete; the routine keeps the guest's registers and comes back by its
     // point of return or by `abandon_call`.
     unsafe { switch() };
     let state = shared();
     let mut observer = OBSERVER.lock();
     observer.active = false;
+    if observer.trap.is_none() {
+        state.leave.eflags = host::with_interrupt_flag(state.leave.eflags);
+    }
+    host::set_interrupt_flag(0);
 
     let word = |index: usize| {
         // SAFETY: inside the call stack.
@@ -369,6 +377,8 @@ unsafe extern "C" fn switch() {
         "push eax",
         "mov ebx, offset {shared}",
         "mov ss:[ebx + {saved_esp}], esp",
+        "mov eax, ss",
+        "mov ss:[ebx + {saved_ss}], eax",
         "mov esp, ss:[ebx + {enter} + {esp}]",
         "mov es, ss:[ebx + {enter} + {es}]",
         "mov fs, ss:[ebx + {enter} + {fs}]",
@@ -387,6 +397,7 @@ unsafe extern "C" fn switch() {
         "jmp dword ptr ss:[{shared} + {target}]",
         ;
         target = const offset_of!(Shared, target),
+        saved_ss = const offset_of!(Shared, saved_ss),
         enter = const offset_of!(Shared, enter),
     )
 }
@@ -431,7 +442,8 @@ unsafe extern "C" fn abandon_call() -> ! {
     naked_asm!(
         "cli",
         "cld",
-        "mov eax, {stack_segment}",
+        // Any context may have been left here, but SS is always flat.
+        "mov eax, ss:[{shared} + {saved_ss}]",
         "mov ss, eax",
         "mov esp, ss:[{shared} + {saved_esp}]",
         "pop eax",
@@ -447,7 +459,7 @@ unsafe extern "C" fn abandon_call() -> ! {
         "ret",
         shared = sym SHARED,
         saved_esp = const offset_of!(Shared, saved_esp),
-        stack_segment = const KERNEL_DATA,
+        saved_ss = const offset_of!(Shared, saved_ss),
     )
 }
 

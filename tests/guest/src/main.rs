@@ -6,6 +6,7 @@
 //!
 //! - `boot`: from the boot loader's 32-bit start to [`main`] at C0100000h,
 //! - `command_line`: the words that the boot loader passes on,
+//! - `host`: the ring and the calls of a guest that a hypervisor has started itself,
 //! - `processor`, `devices`, `console`: one wrapper for each privileged instruction; the machine,
 //! - `segments`, `traps`, `paging`: the tables of an ordinary kernel,
 //! - `harness`: enters a call with every register, flag and segment known, and looks at what is left,
@@ -16,6 +17,7 @@
 //! - `crowd`: several processors at one call site,
 //! - `costs`: instructions of what a kernel does, with the ROM and without,
 //! - `hypervisor`: the reference hypervisor below, where there is one,
+//! - `xen`: Xen's own console and events, beside VMI,
 //! - `workload`: what a kernel does to page tables all day, and what that costs under the hypervisor,
 //! - `hostile`: what no guest should do to that hypervisor,
 //! - `fate`: bad ends, for the hypervisor to tell of,
@@ -47,6 +49,8 @@ mod functions;
 #[cfg(target_os = "none")]
 mod harness;
 #[cfg(target_os = "none")]
+mod host;
+#[cfg(target_os = "none")]
 mod hostile;
 #[cfg(target_os = "none")]
 mod hypervisor;
@@ -70,6 +74,8 @@ mod suite;
 mod traps;
 #[cfg(target_os = "none")]
 mod workload;
+#[cfg(target_os = "none")]
+mod xen;
 
 #[cfg(not(target_os = "none"))]
 fn main() {

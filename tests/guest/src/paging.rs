@@ -14,10 +14,12 @@
 #![expect(unsafe_code, reason = "UNSAFETY: page tables are memory that the processor walks")]
 
 use crate::boot::PAGE_OFFSET;
+use crate::host::{self, CALLS};
 use crate::processor;
 use core::arch::naked_asm;
 use core::ops::Range;
 use core::sync::atomic::{AtomicUsize, Ordering};
+use vmi_abi::flags::{EntryFlags, PageFlags};
 use x86::controlregs::{Cr0, Cr4};
 
 /// Bytes of a page.
@@ -55,6 +57,9 @@ pub(crate) const ACCESSED: u64 = 1 << 5;
 pub(crate) const DIRTY: u64 = 1 << 6;
 pub(crate) const GLOBAL: u64 = 1 << 8;
 pub(crate) const NO_EXECUTE: u64 = 1 << 63;
+
+/// The frame's address in an entry.
+const FRAME: u64 = 0x000f_ffff_ffff_f000;
 
 /// The format of the tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -110,6 +115,9 @@ pub(crate) static mut USER_CODE_FRAME: Frame = Frame([0; PAGE as usize]);
 static mut USER_STACK_FRAME: Frame = Frame([0; PAGE as usize]);
 
 static mut OTHER_ROOT: Frame = Frame([0; PAGE as usize]);
+
+/// The directory of the highest gigabyte for it, on a host that lets no two top levels share that.
+static mut OTHER_DIRECTORY: Frame = Frame([0; PAGE as usize]);
 
 /// Two frames for tests to map.
 pub(crate) static mut TEST_FRAMES: [Frame; 2] = [Frame([0; PAGE as usize]); 2];
@@ -218,6 +226,24 @@ impl Space {
         space
     }
 
+    /// The space that a host has made, with the guest's own mappings besides. It has no 4 KiB of memory that nobody executes, for
+    /// the host's tables know nothing of that.
+    pub(crate) fn adopt() -> Self {
+        let space = Self::current(Mode::Pae);
+        for linear in text().step_by(PAGE as usize) {
+            space.store(space.entry(linear), space.make(physical(linear as *const u8), 0));
+        }
+        space.map(USER_CODE, physical(&raw const USER_CODE_FRAME), USER);
+        space.map(
+            USER_CODE + PAGE,
+            physical(&raw const USER_STACK_FRAME),
+            WRITE | USER | NO_EXECUTE,
+        );
+        space.map(TEST_AREA, 0, 0);
+        space.store(space.entry(TEST_AREA), 0);
+        space
+    }
+
     /// The space that the processor is in.
     pub(crate) fn current(mode: Mode) -> Self {
         Self { mode, root: processor::cr3() + PAGE_OFFSET }
@@ -238,6 +264,10 @@ impl Space {
         let directory_entry = self.directory_entry(linear);
         if self.load(directory_entry) & PRESENT == 0 {
             let table = take_table() - PAGE_OFFSET;
+            if host::is_hosted() {
+                let flags = PageFlags::PT | PageFlags::PAE | PageFlags::ZEROED;
+                host::announce_page(table / PAGE, flags.bits());
+            }
             self.store(directory_entry, u64::from(table) | PRESENT | WRITE | USER);
         }
         self.store(self.entry(linear), self.make(address, bits));
@@ -276,8 +306,34 @@ impl Space {
         PAGE_OFFSET + table + index * self.mode.entry_size()
     }
 
-    /// Reads an entry.
+    /// Reads an entry of a table that is in use.
     pub(crate) fn load(self, entry: u32) -> u64 {
+        let value = self.read(entry);
+        if !host::is_hosted() || value & PRESENT == 0 {
+            return value;
+        }
+        let frame = (value & FRAME) / u64::from(PAGE);
+        // SAFETY: changes nothing.
+        let frame = unsafe { CALLS.MachineToPhysical(frame as u32) };
+        (value & !FRAME) | (u64::from(frame) * u64::from(PAGE))
+    }
+
+    /// The machine frame that a page is mapped to.
+    pub(crate) fn machine_frame(self, linear: u32) -> u32 {
+        ((self.read(self.entry(linear)) & FRAME) / u64::from(PAGE)) as u32
+    }
+
+    /// An entry as it is read from a table that is in use.
+    pub(crate) fn in_use(self, value: u64) -> u64 {
+        if !host::is_hosted() || value & PRESENT == 0 {
+            return value;
+        }
+        // SAFETY: changes nothing.
+        let frame = unsafe { CALLS.PhysicalToMachine(((value & FRAME) / u64::from(PAGE)) as u32) };
+        (value & !FRAME) | (u64::from(frame) * u64::from(PAGE))
+    }
+
+    fn read(self, entry: u32) -> u64 {
         // SAFETY: the tables lie in the direct mapping; volatile, as the processor sets bits.
         unsafe {
             match self.mode {
@@ -289,6 +345,10 @@ impl Space {
 
     /// Writes an entry whose mapping nobody uses meanwhile.
     pub(crate) fn store(self, entry: u32, value: u64) {
+        if host::is_hosted() {
+            // SAFETY: as below.
+            return unsafe { CALLS.SetPxELong(value, entry, EntryFlags::PT.bits()) };
+        }
         // SAFETY: the tables lie in the direct mapping; callers leave the guest's own pages alone.
         unsafe {
             match self.mode {
@@ -304,7 +364,10 @@ impl Space {
     }
 
     /// Physical address of a second top level with the same tables below.
-    pub(crate) fn other_root(self) -> u32 {
+    pub(crate) fn other_root(self, virtual_top: u32) -> u32 {
+        if host::is_hosted() {
+            return self.other_root_on_a_host(virtual_top);
+        }
         let root = (&raw mut OTHER_ROOT) as u32;
         let entries = if self.mode == Mode::Pae { 4 } else { PAGE / 4 };
         for index in 0..entries {
@@ -312,6 +375,28 @@ impl Space {
             self.store(root + offset, self.load(self.root + offset));
         }
         root - PAGE_OFFSET
+    }
+
+    /// The same where pages are announced before they are tables, and what is from `virtual_top` on is the host's.
+    fn other_root_on_a_host(self, virtual_top: u32) -> u32 {
+        const HIGHEST: u32 = 3;
+        let (root, directory) = (&raw mut OTHER_ROOT, &raw mut OTHER_DIRECTORY);
+        let fill = |table: *mut Frame, index: u32, value: u64| {
+            // SAFETY: a page of ordinary memory still.
+            unsafe { table.cast::<u64>().add(index as usize).write_volatile(value) };
+        };
+        let own = self.directory_entry(PAGE_OFFSET);
+        for index in 0..(virtual_top - PAGE_OFFSET) >> self.mode.table_shift() {
+            fill(directory, index, self.load(own + index * 8));
+        }
+        for index in 0..HIGHEST {
+            fill(root, index, self.load(self.root + index * 8));
+        }
+        fill(root, HIGHEST, u64::from(physical(directory)) | PRESENT);
+        for (page, level) in [(directory, PageFlags::PD), (root, PageFlags::PDP)] {
+            host::announce_page(physical(page) / PAGE, (level | PageFlags::PAE).bits());
+        }
+        physical(root)
     }
 
     /// Makes the processor use this space.
@@ -343,6 +428,11 @@ impl Space {
             self.map(linear - PAGE_OFFSET, linear - PAGE_OFFSET, 0);
         }
     }
+}
+
+/// Whether an entry lies in a table that the guest has taken from its pool.
+pub(crate) fn is_table(entry: u32) -> bool {
+    is_in(&raw const TABLES, entry)
 }
 
 /// Whether a linear address lies in an object.

@@ -1,17 +1,26 @@
 //! The processor: one wrapper for each privileged instruction that the guest itself executes.
 //!
+//! A guest that runs on a [`host`] asks its ROM for what the ring does not allow, or what would show the host's own
+//! state; the rest it executes there too, and the host emulates it.
+//!
 //! The guest is the kernel of its machine. What it changes here (tables, control registers) it
 //! changes on purpose and puts back; the functions are safe in the sense that a kernel's are.
 
 #![expect(unsafe_code, reason = "UNSAFETY: each wrapper is one instruction of inline assembly")]
 
+use crate::host::{self, CALLS};
 use core::arch::asm;
 use vmi_abi::state::DescriptorTable;
 
 macro_rules! register {
-    ($read:ident, $write:ident, $name:literal) => {
+    ($read:ident, $write:ident, $name:literal, [$($get:ident)?], [$($set:ident)?]) => {
         #[allow(dead_code, reason = "made in pairs")]
         pub(crate) fn $read() -> u32 {
+            $(
+                if host::is_hosted() {
+                    return CALLS.$get();
+                }
+            )?
             let value;
             // SAFETY: reading changes nothing.
             unsafe { asm!(concat!("mov {}, ", $name), out(reg) value, options(nostack, preserves_flags)) };
@@ -20,22 +29,28 @@ macro_rules! register {
 
         #[allow(dead_code, reason = "made in pairs")]
         pub(crate) fn $write(value: u32) {
+            $(
+                if host::is_hosted() {
+                    // SAFETY: as below.
+                    return unsafe { CALLS.$set(value) };
+                }
+            )?
             // SAFETY: the kernel's own register; callers keep the mappings that the guest runs on.
             unsafe { asm!(concat!("mov ", $name, ", {}"), in(reg) value, options(nostack, preserves_flags)) };
         }
     };
 }
 
-register!(cr0, set_cr0, "cr0");
-register!(cr2, set_cr2, "cr2");
-register!(cr3, set_cr3, "cr3");
-register!(cr4, set_cr4, "cr4");
-register!(dr0, set_dr0, "dr0");
-register!(dr1, set_dr1, "dr1");
-register!(dr2, set_dr2, "dr2");
-register!(dr3, set_dr3, "dr3");
-register!(dr6, set_dr6, "dr6");
-register!(dr7, set_dr7, "dr7");
+register!(cr0, set_cr0, "cr0", [], [SetCR0]);
+register!(cr2, set_cr2, "cr2", [GetCR2], [SetCR2]);
+register!(cr3, set_cr3, "cr3", [GetCR3], [SetCR3]);
+register!(cr4, set_cr4, "cr4", [], [SetCR4]);
+register!(dr0, set_dr0, "dr0", [], []);
+register!(dr1, set_dr1, "dr1", [], []);
+register!(dr2, set_dr2, "dr2", [], []);
+register!(dr3, set_dr3, "dr3", [], []);
+register!(dr6, set_dr6, "dr6", [], []);
+register!(dr7, set_dr7, "dr7", [], []);
 
 macro_rules! port {
     ($read:ident, $write:ident, $type:ty) => {
@@ -57,27 +72,39 @@ port!(inb, outb, u8);
 port!(inl, outl, u32);
 
 macro_rules! table_register {
-    ($read:ident, $write:ident, $store:literal, $load:literal) => {
+    ($read:ident, $write:ident, $store:literal, $load:literal, $get:ident, $set:ident) => {
         pub(crate) fn $read() -> DescriptorTable {
             let mut table = DescriptorTable::default();
+            if host::is_hosted() {
+                // SAFETY: as below.
+                unsafe { CALLS.$get((&raw mut table) as u32) };
+                return core::hint::black_box(table);
+            }
             // SAFETY: stores six bytes into a structure of six.
             unsafe { asm!(concat!($store, " [{}]"), in(reg) &raw mut table, options(nostack, preserves_flags)) };
             table
         }
 
         pub(crate) fn $write(table: DescriptorTable) {
+            if host::is_hosted() {
+                // SAFETY: as below.
+                return unsafe { CALLS.$set(core::hint::black_box(&raw const table) as u32) };
+            }
             // SAFETY: callers name a table that holds what the guest's selectors and handlers need.
             unsafe { asm!(concat!($load, " [{}]"), in(reg) &raw const table, options(nostack, preserves_flags, readonly)) };
         }
     };
 }
 
-table_register!(gdt, set_gdt, "sgdt", "lgdt");
-table_register!(idt, set_idt, "sidt", "lidt");
+table_register!(gdt, set_gdt, "sgdt", "lgdt", GetGDT, SetGDT);
+table_register!(idt, set_idt, "sidt", "lidt", GetIDT, SetIDT);
 
 macro_rules! selector_register {
-    ($read:ident, $write:ident, $store:literal, $load:literal) => {
+    ($read:ident, $write:ident, $store:literal, $load:literal, $get:ident, $set:ident) => {
         pub(crate) fn $read() -> u16 {
+            if host::is_hosted() {
+                return CALLS.$get() as u16;
+            }
             let value: u16;
             // SAFETY: reading changes nothing.
             unsafe { asm!(concat!($store, " {:x}"), out(reg) value, options(nostack, preserves_flags)) };
@@ -85,14 +112,18 @@ macro_rules! selector_register {
         }
 
         pub(crate) fn $write(selector: u16) {
+            if host::is_hosted() {
+                // SAFETY: as below.
+                return unsafe { CALLS.$set(selector.into()) };
+            }
             // SAFETY: the selector names a descriptor of the guest's own table.
             unsafe { asm!(concat!($load, " {:x}"), in(reg) selector, options(nostack, preserves_flags)) };
         }
     };
 }
 
-selector_register!(ldt, set_ldt, "sldt", "lldt");
-selector_register!(task, set_task, "str", "ltr");
+selector_register!(ldt, set_ldt, "sldt", "lldt", GetLDT, SetLDT);
+selector_register!(task, set_task, "str", "ltr", GetTR, SetTR);
 
 /// Reads a model-specific register.
 pub(crate) fn rdmsr(index: u32) -> u64 {
@@ -113,8 +144,18 @@ pub(crate) fn wrmsr(index: u32, value: u64) {
     };
 }
 
-/// EAX, EBX, ECX and EDX of a CPUID leaf.
+/// EAX, EBX, ECX and EDX of a CPUID leaf, as the guest is to see them.
 pub(crate) fn cpuid(leaf: u32, subleaf: u32) -> [u32; 4] {
+    if host::is_hosted() {
+        // SAFETY: changes nothing.
+        let result = unsafe { CALLS.CPUID(leaf, subleaf) };
+        return [result.eax, result.ebx, result.ecx, result.edx];
+    }
+    cpuid_of_hardware(leaf, subleaf)
+}
+
+/// The same of the instruction itself.
+pub(crate) fn cpuid_of_hardware(leaf: u32, subleaf: u32) -> [u32; 4] {
     let result = core::arch::x86::__cpuid_count(leaf, subleaf);
     [result.eax, result.ebx, result.ecx, result.edx]
 }
@@ -134,6 +175,10 @@ pub(crate) fn rdtsc() -> u64 {
 
 /// Drops the translation of one page.
 pub(crate) fn invlpg(address: u32) {
+    if host::is_hosted() {
+        // SAFETY: as below.
+        return unsafe { CALLS.InvalPage(address) };
+    }
     // SAFETY: costs a table walk, nothing else.
     unsafe { asm!("invlpg [{}]", in(reg) address, options(nostack, preserves_flags)) };
 }

@@ -168,6 +168,12 @@ impl Rom {
         paging::ALIAS + self.physical - ROM_AREA.start
     }
 
+    /// Where the linear address space ends for the guest; 0 if it has all of it.
+    pub(crate) fn virtual_top(&self) -> u32 {
+        let field = self.bytes().get(offset_of!(RomHeader, virtual_top)..);
+        field.and_then(<[u8]>::first_chunk).map_or(0, |bytes| u32::from_le_bytes(*bytes))
+    }
+
     /// The revision in its header.
     pub(crate) fn revision(&self) -> Revision {
         let header = |offset: usize| self.bytes()[offset];

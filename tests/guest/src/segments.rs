@@ -5,7 +5,9 @@
     reason = "UNSAFETY: descriptor tables are memory that the processor reads and writes behind Rust's back"
 )]
 
+use crate::host::{self, CALLS, selector};
 use crate::processor;
+use core::sync::atomic::{AtomicBool, Ordering};
 use vmi_abi::state::DescriptorTable;
 
 /// Ring 0 code, flat.
@@ -127,11 +129,24 @@ pub(crate) fn descriptor<const N: usize>(table: *const Table<N>, index: usize) -
     unsafe { (&raw const (*table).0).cast::<u64>().add(index).read_volatile() }
 }
 
-/// Writes a descriptor.
+/// Writes a descriptor: into a table that a host knows of, by the ROM.
 pub(crate) fn set_descriptor<const N: usize>(table: *mut Table<N>, index: usize, value: u64) {
     assert!(index < N);
+    if LIVE.load(Ordering::Relaxed) {
+        let (low, high) = (value as u32, (value >> 32) as u32);
+        // SAFETY: inside the table; callers leave alone what the guest runs on.
+        return unsafe { CALLS.WriteGDTEntry(table as u32, index as u32, low, high) };
+    }
     // SAFETY: inside the table, which nothing but the processor reads meanwhile.
     unsafe { (&raw mut (*table).0).cast::<u64>().add(index).write_volatile(value) };
+}
+
+/// Whether the tables are a host's business: they are read-only then.
+static LIVE: AtomicBool = AtomicBool::new(false);
+
+/// From here on tables are written by the ROM, where there is a host.
+pub(crate) fn are_complete() {
+    LIVE.store(host::is_hosted(), Ordering::Relaxed);
 }
 
 /// Fills the tables and loads the registers.
@@ -139,7 +154,10 @@ pub(crate) fn initialize(esp0: u32) {
     let (task, other) = (&raw mut TASK_STATE, &raw mut OTHER_TASK_STATE);
     for state in [task, other] {
         // SAFETY: the processor reads the field at the next entry from ring 3; there is none yet.
-        unsafe { (&raw mut (*state).esp0).write_volatile(esp0) };
+        unsafe {
+            (&raw mut (*state).esp0).write_volatile(esp0);
+            (&raw mut (*state).ss0).write_volatile(selector(KERNEL_DATA).into());
+        }
     }
     let limit = size_of::<TaskState>() as u32 - 1;
     for table in [&raw mut GDT, &raw mut OTHER_GDT] {
@@ -170,18 +188,22 @@ pub(crate) fn initialize(esp0: u32) {
             "3: mov ss, {stack:x}",
             "mov ds, {data:x}",
             "mov es, {data:x}",
-            code = const KERNEL_CODE,
-            stack = in(reg) u32::from(KERNEL_DATA),
+            code = in(reg) u32::from(selector(KERNEL_CODE)),
+            stack = in(reg) u32::from(selector(KERNEL_DATA)),
             data = in(reg) u32::from(USER_DATA),
         );
     }
     processor::set_fs_gs(0, 0);
     processor::set_task(TASK);
     processor::set_ldt(0);
+    set_kernel_stack(esp0);
 }
 
 /// Makes a task state segment available again, in both tables.
 pub(crate) fn release_task(selector: u16) {
+    if host::is_hosted() {
+        return; // No processor ever had it.
+    }
     for table in [&raw mut GDT, &raw mut OTHER_GDT] {
         let index = usize::from(selector >> 3);
         let busy = 0x02 << 40;
@@ -192,6 +214,10 @@ pub(crate) fn release_task(selector: u16) {
 /// Sets the stack for entries from ring 3.
 pub(crate) fn set_kernel_stack(esp0: u32) {
     let state = &raw mut TASK_STATE;
+    if host::is_hosted() {
+        // SAFETY: the top of a stack of the guest's.
+        unsafe { CALLS.UpdateKernelStack(state as u32, esp0) };
+    }
     // SAFETY: a word that the processor reads at the next entry.
     unsafe { (&raw mut (*state).esp0).write_volatile(esp0) };
 }

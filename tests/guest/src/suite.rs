@@ -17,7 +17,8 @@ use crate::session::Session;
 use crate::site::{self, FILLERS, Place, Rewriting};
 use crate::traps;
 use crate::{
-    checks, command_line, console, costs, crowd, devices, fate, functions, segments, workload,
+    checks, command_line, console, costs, crowd, devices, fate, functions, host, segments,
+    workload, xen,
 };
 use vmi_abi::flags::RebootKind;
 use vmi_abi::header::checksum;
@@ -109,22 +110,37 @@ pub(crate) extern "C" fn main() -> ! {
     }
 }
 
-/// The machine's ROM, or else what is linked into the guest; `space` is the current one.
-fn find(client: Client, space: Space, passed_over: impl FnMut(u32, Refusal)) -> Rom {
-    let rom = Rom::find(client, passed_over).unwrap_or_else(|| Rom::linked(client));
-    rom.map_grant(space);
-    rom
+/// Runs the suite as a guest that was started at its VMI entry: in the host's own space, and in the ring that it gives.
+pub(crate) extern "C" fn main_on_a_host() -> ! {
+    console::initialize();
+    line!("TAP version 14");
+    let rom = find(Client::Lookup);
+    host::start(&rom);
+    segments::initialize(trap_stack_top());
+    traps::initialize();
+    segments::are_complete();
+    line!("# started at the VMI entry, in ring {}", host::ring());
+    let mut report = Report::default();
+    let space = Space::adopt();
+    let fingerprint = fingerprint(rom.bytes());
+    check_sum(&mut report, rom);
+    functions::check();
+    test_rom(&mut report, space, 1, rom);
+    xen::run(&mut report, space, rom);
+    check_fingerprint(&mut report, rom, fingerprint);
+    let mut session = open_reboot(rom);
+    session.judge_answer();
+    session.skipped = Some("a host that starts its guest anew starts a new one");
+    conclude(&mut report, &session);
+    report.finish()
 }
 
-fn first_start(client: Client) -> ! {
-    line!("TAP version 14");
-    functions::check();
-    let mut report = Report::default();
-    let space = Space::new(Mode::NonPae);
-    space.activate();
-    let rom = find(client, space, |physical, refusal| {
+/// The machine's ROM, or else what is linked into the guest; says what it is.
+fn find(client: Client) -> Rom {
+    let passed_over = |physical: u32, refusal: Refusal| {
         line!("# passed over: {physical:#x}: {refusal}");
-    });
+    };
+    let rom = Rom::find(client, passed_over).unwrap_or_else(|| Rom::linked(client));
     let name = license(rom.bytes()).and_then(|text| core::str::from_utf8(text).ok()).unwrap_or("?");
     let Revision { major, minor } = rom.revision();
     line!(
@@ -133,6 +149,11 @@ fn first_start(client: Client) -> ! {
         rom.length,
         rom.is_linked()
     );
+    rom
+}
+
+/// Holds the image's bytes against their sum.
+fn check_sum(report: &mut Report, rom: Rom) {
     report.check(
         format_args!("the image's bytes add up to 0"),
         match checksum(rom.bytes()) {
@@ -140,6 +161,29 @@ fn first_start(client: Client) -> ! {
             _ => Err(format_args!("the sum of all bytes is not 0 modulo 256")),
         },
     );
+}
+
+/// Holds the image's bytes against what they were.
+fn check_fingerprint(report: &mut Report, rom: Rom, fingerprint: u32) {
+    report.check(
+        format_args!("the image's bytes are what they were"),
+        if fingerprint == self::fingerprint(rom.bytes()) {
+            Ok(())
+        } else {
+            Err(format_args!("the image was changed"))
+        },
+    );
+}
+
+fn first_start(client: Client) -> ! {
+    line!("TAP version 14");
+    functions::check();
+    let mut report = Report::default();
+    let space = Space::new(Mode::NonPae);
+    space.activate();
+    let rom = find(client);
+    rom.map_grant(space);
+    check_sum(&mut report, rom);
     if command_line::has("rewrite-sites") {
         rom.allow_rewriting();
     }
@@ -170,14 +214,7 @@ fn first_start(client: Client) -> ! {
             test_rom(&mut report, space, index, rom);
         }
     }
-    report.check(
-        format_args!("the image's bytes are what they were"),
-        if fingerprint == self::fingerprint(rom.bytes()) {
-            Ok(())
-        } else {
-            Err(format_args!("the image was changed"))
-        },
-    );
+    check_fingerprint(&mut report, rom, fingerprint);
     let space = Space::current(MODES[usize::from(paging::has_pae())]);
     // Slots are called where they are: nothing is rewritten.
     if client == Client::Lookup {
@@ -388,7 +425,8 @@ fn started_again(client: Client, record: Record) -> ! {
     let mut report = Report::resumed(record.points, record.failures);
     let space = Space::new(Mode::NonPae);
     space.activate();
-    let rom = find(client, space, |_, _| ());
+    let rom = Rom::find(client, |_, _| ()).unwrap_or_else(|| Rom::linked(client));
+    rom.map_grant(space);
     let Some(call) = client.revision().call(record.number) else {
         report::abandon(format_args!("a call is recorded that there is not"))
     };

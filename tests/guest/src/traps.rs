@@ -10,14 +10,16 @@
 )]
 
 use crate::segments::{self, IDT, OTHER_IDT, USER_DATA};
-use crate::{devices, harness, processor, report};
+use crate::{devices, harness, host, processor, report};
 use core::arch::{global_asm, naked_asm};
 use core::sync::atomic::{AtomicU32, Ordering};
+use vmi_abi::{RelocationInfo, RelocationType};
 use x86::bits32::eflags::EFlags;
 
 /// Exceptions by their vectors.
 pub(crate) const DEBUG: u32 = 1;
 pub(crate) const NON_MASKABLE: u32 = 2;
+pub(crate) const INVALID_OPCODE: u32 = 6;
 pub(crate) const GENERAL_PROTECTION: u32 = 13;
 pub(crate) const PAGE_FAULT: u32 = 14;
 
@@ -67,7 +69,8 @@ impl Frame {
 
     /// Whether the processor changed stacks on the way in.
     pub(crate) fn is_outer(&self) -> bool {
-        self.cs & 3 != 0 || self.is_virtual_8086()
+        // A host may use what is above the selector.
+        (self.cs & 3) as u16 > host::ring() || self.is_virtual_8086()
     }
 }
 
@@ -122,14 +125,50 @@ unsafe extern "C" fn common() {
         "mov ds, eax",
         "popad",
         "add esp, 8",
-        "iretd",
+        "call dword ptr ss:[{back}]",
         data = const USER_DATA,
         handle = sym handle,
+        back = sym BACK,
     )
+}
+
+/// What goes back to the interrupted context: called, so that a return address lies above the frame.
+static BACK: AtomicU32 = AtomicU32::new(0);
+
+/// The ROM's code where IRET is to be jumped to.
+static JUMP: AtomicU32 = AtomicU32::new(0);
+
+/// Goes back by the guest's own IRET.
+#[unsafe(naked)]
+pub(crate) unsafe extern "C" fn return_natively() {
+    naked_asm!("add esp, 4", "iretd")
+}
+
+/// Goes back by the ROM's code, which is jumped to.
+#[unsafe(naked)]
+unsafe extern "C" fn return_by_jump() {
+    naked_asm!("add esp, 4", "jmp dword ptr ss:[{jump}]", jump = sym JUMP)
+}
+
+/// Goes back to an interrupted context. In: a return address, the frame above it.
+#[unsafe(naked)]
+pub(crate) unsafe extern "C" fn return_from_interrupt() {
+    naked_asm!("jmp dword ptr ss:[{back}]", back = sym BACK)
+}
+
+/// From here on handlers return by the ROM's IRET.
+pub(crate) fn return_by(iret: RelocationInfo) {
+    JUMP.store(iret.eip.get(), Ordering::Relaxed);
+    let by_jump = iret.kind == RelocationType::JUMP_REL;
+    let back = if by_jump { return_by_jump as *const () as u32 } else { iret.eip.get() };
+    BACK.store(back, Ordering::Relaxed);
 }
 
 /// Points every vector of both tables at its stub. Ring 3 may use [`SYSTEM_CALL`].
 pub(crate) fn initialize() {
+    if !host::is_hosted() {
+        BACK.store(return_natively as *const () as u32, Ordering::Relaxed);
+    }
     let first: u32;
     // SAFETY: takes an address.
     unsafe {
@@ -183,6 +222,13 @@ extern "C" fn handle(frame: *mut Frame) {
         }
         harness::interrupted(frame);
     }
+    unexpected(frame)
+}
+
+/// An exception that nobody waits for. Apart from [`handle`], which is to need little of an interrupted call's stack.
+#[cold]
+#[inline(never)]
+fn unexpected(frame: &Frame) -> ! {
     report::abandon(format_args!(
         "exception {} outside of a call: error {:#x}, CR2 {:#010x}, {frame:#x?}",
         frame.vector,

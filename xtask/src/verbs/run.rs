@@ -3,6 +3,7 @@
 mod kvm;
 mod linux;
 mod reference;
+mod xen;
 
 use crate::artifacts::{self, Artifacts};
 use crate::conformance::{self, CallSummary, Client, Conformance, Cost, Subject};
@@ -12,7 +13,8 @@ use crate::table::{Align, BAD, Cell, DIM, GOOD, HEAD, Table};
 use crate::tap::Verdict;
 use crate::toolchain::Need;
 use crate::verbs::boots::shows;
-use anyhow::Result;
+use anyhow::{Result, bail};
+use reference::Host;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -113,14 +115,13 @@ fn subjects(args: &Args, built: &Artifacts) -> Result<Vec<Subject>> {
 /// Something is missing, the build fails, or QEMU does not start.
 pub fn run(args: &Args) -> Result<ExitCode> {
     let findings = super::setup::provide(Need::RUN)?;
-    if args.reference.on == Some(reference::Host::Kvm) {
-        return kvm::run(&findings, args);
-    }
-    if let Some(kernel) = &args.linux.kernel {
-        return linux::run(&findings, args, kernel);
-    }
-    if args.reference.on.is_some() {
-        return reference::run(&findings, args);
+    match (args.reference.on, &args.linux.kernel) {
+        (Some(Host::Kvm), _) => return kvm::run(&findings, args),
+        (Some(Host::Xen), None) => return xen::run(&findings, args),
+        (Some(Host::Xen), Some(_)) => bail!("on Xen there is only the test guest: no --kernel"),
+        (None | Some(Host::Reference), Some(kernel)) => return linux::run(&findings, args, kernel),
+        (Some(Host::Reference), None) => return reference::run(&findings, args),
+        (None, None) => {}
     }
     let built = artifacts::build_all(&findings)?;
     let subjects = subjects(args, &built)?;

@@ -2,12 +2,14 @@
 
 #![expect(non_snake_case, reason = "the specification's names")]
 
-use super::{place_user_code, run_user};
+use super::{COME_BACK, place_user_code, run_user};
+use crate::console::{COM1, SCRATCH};
 use crate::harness::{Outcome, Registers};
 use crate::paging::{USER_CODE, USER_STACK_TOP};
+use crate::processor::{inb, outb};
 use crate::segments::{KERNEL_CODE, USER_CODE as USER_CODE_SELECTOR, USER_DATA};
 use crate::session::{Arguments, FIXED_FLAG, Form, INTERRUPT_FLAG, Session};
-use crate::{devices, processor, suite, traps};
+use crate::{devices, host, processor, suite, traps};
 use x86::bits32::eflags::EFlags;
 use x86::msr::{IA32_SYSENTER_CS, IA32_SYSENTER_EIP, IA32_SYSENTER_ESP};
 
@@ -137,7 +139,47 @@ pub(crate) fn Halt(s: &mut Session) {
     });
 }
 
+/// `in al, dx`, then back into the kernel.
+const READ_PORT: [u8; 3] = [0xec, COME_BACK[0], COME_BACK[1]];
+
+/// Where EFLAGS do not show it, what ring 3 may do shows it. The kernel has its ports at every level, as in ring 0.
+fn set_level_on_a_host(s: &mut Session) {
+    place_user_code(&READ_PORT);
+    s.each(|s| {
+        for level in [PRIVILEGE, EFlags::FLAGS_IOPL1.bits(), 0, EFlags::FLAGS_IOPL2.bits()] {
+            s.call(Arguments::NONE.eax(level));
+            let frame = [
+                USER_CODE,
+                u32::from(USER_CODE_SELECTOR),
+                FIXED_FLAG | INTERRUPT_FLAG,
+                USER_STACK_TOP,
+                u32::from(USER_DATA),
+            ];
+            let registers = Registers { edx: u32::from(COM1 + SCRATCH), ..Registers::default() };
+            let vector = run_user(registers, &frame).trap.map(|trap| trap.frame.vector);
+            let is_allowed = level == PRIVILEGE;
+            let wanted = if is_allowed { traps::SYSTEM_CALL } else { traps::GENERAL_PROTECTION };
+            s.expect(
+                vector == Some(wanted),
+                format_args!(
+                    "at level {level:#x} a port that ring 3 read raised {vector:?}, not {wanted}"
+                ),
+            );
+            outb(COM1 + SCRATCH, (level >> 8) as u8 | 1);
+            s.equal(
+                "what the kernel reads from a port",
+                inb(COM1 + SCRATCH).into(),
+                (level >> 8) | 1,
+            );
+        }
+        s.call(Arguments::NONE.eax(0));
+    });
+}
+
 pub(crate) fn SetIOPLMask(s: &mut Session) {
+    if host::is_hosted() {
+        return set_level_on_a_host(s);
+    }
     s.each(|s| {
         for level in [PRIVILEGE, EFlags::FLAGS_IOPL1.bits(), 0, EFlags::FLAGS_IOPL2.bits()] {
             let Outcome { after, .. } = s.call_changing(Arguments::NONE.eax(level), PRIVILEGE);

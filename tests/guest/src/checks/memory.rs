@@ -9,9 +9,9 @@ use crate::paging::{
     self, ACCESSED, DIRTY, GLOBAL, Mode, NO_EXECUTE, PAGE, PRESENT, Space, TEST_AREA, TEST_FRAMES,
     WRITE, has_global_pages, has_no_execute,
 };
-use crate::processor;
 use crate::session::{Arguments, Session};
 use crate::traps;
+use crate::{host, processor};
 use core::arch::naked_asm;
 use spin::Mutex;
 use vmi_abi::flags::{EntryFlags, FlushFlags, LazyMode, PageFlags};
@@ -199,6 +199,8 @@ fn look_at_entry() {
 
 /// Calls, and in a traced run looks at a 64-bit entry meanwhile: nobody may see half of the new value.
 fn not_torn(s: &mut Session, value: u64, entry: u32, call: impl FnOnce(&mut Session)) {
+    // In a table that is in use a host has machine frames.
+    let value = if paging::is_table(entry) { s.space.in_use(value) } else { value };
     // SAFETY: callers name mapped memory.
     let old = unsafe { (entry as *const u64).read_volatile() };
     *WATCHED.lock() = Watched { address: entry, values: [old, value], torn: None };
@@ -320,8 +322,27 @@ pub(crate) fn UpdatePxELong(s: &mut Session) {
 /// Frames all over the guest's memory, the ROM's among them.
 const FRAMES: [u32; 4] = [0, 0x9f, 0xca, 0xfff];
 
+/// On a host the tables themselves show which machine frame the guest has for one of its own: the call under test is to say the same, or the
+/// reverse.
+fn translate_on_a_host(s: &mut Session, to_machine: bool) {
+    s.each(|s| {
+        for frame in FRAMES {
+            let machine = s.space.machine_frame(crate::boot::PAGE_OFFSET + frame * PAGE);
+            let (given, wanted) = if to_machine { (frame, machine) } else { (machine, frame) };
+            let Outcome { after, .. } = s.call(Arguments::NONE.eax(given));
+            s.expect(
+                after.registers.eax == wanted,
+                format_args!("frame {given:#x} became {:#x}, not {wanted:#x}", after.registers.eax),
+            );
+        }
+    });
+}
+
 /// The two translations undo each other; the call under test is one of them, the other is asked for too.
 fn translate(s: &mut Session, other: vmi_abi::CallNumber) {
+    if host::is_hosted() {
+        return translate_on_a_host(s, other == vmi_abi::number::MachineToPhysical);
+    }
     s.each(|s| {
         for frame in FRAMES {
             let Outcome { after, .. } = s.call(Arguments::NONE.eax(frame));
@@ -388,15 +409,44 @@ pub(crate) fn AllocatePage(s: &mut Session) {
                 Arguments::NONE.eax(frame(0) / PAGE).edx(flags).ecx(source).stack(&[start, count]),
             );
             frames_keep_their_marks(s);
+            if host::is_hosted() {
+                is_read_only(s, true);
+                host::release_page(frame(0) / PAGE, flags);
+                is_read_only(s, false);
+            }
         }
     });
+}
+
+/// Writes EDX to [EAX].
+#[unsafe(naked)]
+unsafe extern "C" fn write_word() {
+    naked_asm!("mov [eax], edx", "ret")
+}
+
+/// Checks whether the announced page can be written to.
+fn is_read_only(s: &mut Session, wanted: bool) {
+    let eax = (&raw const TEST_FRAMES) as u32;
+    let outcome =
+        run_own(write_word, Registers { eax, edx: MARKS[0], ..Registers::default() }, &[]);
+    let fault = outcome.trap.map(|trap| (trap.frame.vector, trap.address));
+    let expected = wanted.then_some((traps::PAGE_FAULT, eax));
+    s.expect(
+        fault == expected,
+        format_args!("a write to the page raised {fault:x?}, must raise {expected:x?}"),
+    );
 }
 
 pub(crate) fn ReleasePage(s: &mut Session) {
     mark_frames();
     s.each(|s| {
+        if host::is_hosted() {
+            host::announce_page(frame(0) / PAGE, page_flags(s));
+            is_read_only(s, true);
+        }
         s.call(Arguments::NONE.eax(frame(0) / PAGE).edx(page_flags(s)));
         frames_keep_their_marks(s);
+        is_read_only(s, false);
     });
 }
 
@@ -442,7 +492,7 @@ pub(crate) fn FlushTLB(s: &mut Session) {
 pub(crate) fn SetCR3(s: &mut Session) {
     mark_frames();
     let own = s.space.cr3();
-    let other = s.space.other_root();
+    let other = s.space.other_root(s.rom.virtual_top());
     s.each(|s| {
         for root in [other, own] {
             make_stale(s, 0);

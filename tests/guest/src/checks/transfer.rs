@@ -6,7 +6,7 @@
 #![expect(non_snake_case, reason = "the specification's names")]
 
 use super::interrupt::has_sysenter;
-use super::{COME_BACK, place_code, place_user_code, run_user};
+use super::{COME_BACK, place_code, place_user_code, run_own};
 use crate::boot::PAGE_OFFSET;
 use crate::harness::{Context, DataSegments, Outcome, Registers, return_point};
 use crate::paging::{USER_CODE, USER_STACK_TOP, VIRTUAL_8086};
@@ -14,7 +14,7 @@ use crate::segments::{
     ABSENT_CODE, ABSENT_DATA, KERNEL_CODE, KERNEL_DATA, USER_CODE as USER_CODE_SELECTOR, USER_DATA,
 };
 use crate::session::{Arguments, FIXED_FLAG, INTERRUPT_FLAG, Session};
-use crate::{devices, processor, traps};
+use crate::{devices, host, processor, traps};
 use x86::bits32::eflags::EFlags;
 use x86::msr::IA32_SYSENTER_CS;
 
@@ -42,14 +42,18 @@ pub(crate) fn IRET(s: &mut Session) {
         for eflags in FLAGS {
             to_the_same_ring(s, eflags);
             to_ring_3(s, eflags | INTERRUPT_FLAG);
-            to_virtual_8086_mode(s, eflags);
+            // Hosts in long mode have no such mode.
+            if !host::is_hosted() {
+                to_virtual_8086_mode(s, eflags);
+            }
         }
         to_a_bad_frame(s);
     });
 }
 
 fn to_the_same_ring(s: &mut Session, eflags: u32) {
-    let frame = [return_point as *const () as u32, u32::from(KERNEL_CODE), eflags];
+    let code = host::selector(KERNEL_CODE);
+    let frame = [return_point as *const () as u32, u32::from(code), eflags];
     let (before, outcome) = s.enter(Arguments::NONE.stack(&frame));
     if !s.no_exception(&outcome) {
         return;
@@ -136,7 +140,7 @@ fn to_a_bad_frame(s: &mut Session) {
     ];
     for (what, cs, ss) in selectors {
         let frame = [USER_CODE, cs, FIXED_FLAG | IOPL, USER_STACK_TOP, ss];
-        let own = run_user(Registers::default(), &frame);
+        let own = run_own(traps::return_natively, Registers::default(), &frame);
         let (before, outcome) = s.enter(Arguments::NONE.stack(&frame));
         let fault =
             |outcome: &Outcome| outcome.trap.map(|trap| (trap.frame.vector, trap.frame.error));

@@ -10,6 +10,7 @@ use crate::table::{Align, BAD, Cell, DIM, GOOD, HEAD, Table};
 use crate::tap::{self, WorkloadLine};
 use crate::toolchain::Findings;
 use crate::verbs::boots::{TraceFile, shows};
+use crate::xen::source::Build;
 use anyhow::Result;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -21,6 +22,8 @@ pub(super) enum Host {
     Reference,
     /// KVM, itself in QEMU's translator: Linux only, to compare with. `setup --kvm` gets its kernel.
     Kvm,
+    /// Xen, as a guest with paravirtualization; what there is not yet of it, is built first.
+    Xen,
 }
 
 /// The hypervisor's modes that are tried.
@@ -43,7 +46,10 @@ pub(super) struct Options {
     #[arg(long, value_enum, value_name = "HYPERVISOR")]
     #[arg(conflicts_with_all = ["no_rom", "bar", "client", "machine", "cpu", "processors", "memory", "costs"])]
     pub(super) on: Option<Host>,
-    /// The hypervisor's mode.
+    /// Which Xen, built by `setup --xen`.
+    #[arg(long, value_enum, value_name = "BUILD", default_value_t, requires = "on")]
+    pub(super) xen: Build,
+    /// The reference hypervisor's mode.
     #[arg(long, value_enum, default_value_t = Modes::All, requires = "on")]
     mode: Modes,
     /// The hypervisor's paging.
