@@ -79,9 +79,13 @@ fn a_kernels_work_takes_few_exits() -> Result<()> {
             let least = batched.counters.updates.div_ceil(BATCH_LIMIT.into());
             assert!(batched.counters.hypercalls >= least, "{comparison:#?}");
         } else if comparison.name == PROGRAM {
-            assert!(exits(batched) < exits(trap), "{comparison:#?}");
+            // A page fault of the guest's costs two exits, before and behind its handler; neither can be saved.
             let faults = |line: &WorkloadLine| line.counters.guest_page_faults;
             assert!(faults(trap) == faults(batched) && faults(trap) > 0, "{comparison:#?}");
+            let operations = u64::from(batched.operations);
+            assert!(exits(batched) <= 2 * faults(batched) + 12 * operations, "{comparison:#?}");
+            let factor = if comparison.guest_mode == "PAE" { 3 } else { 2 };
+            assert!(exits(batched) * factor <= exits(trap), "{comparison:#?}");
         } else {
             assert!(exits(batched) <= batched.operations.into(), "{comparison:#?}");
         }
