@@ -209,7 +209,7 @@ impl Kernel {
         let directory = if self.pae { self.take(numbers) } else { root };
         self.page_call(number::AllocatePage, directory);
         if self.pae {
-            self.set(root * FRAME, directory * FRAME | PRESENT, EntryFlags::PDP.bits());
+            self.set(root * FRAME, (directory * FRAME) | PRESENT, EntryFlags::PDP.bits());
         }
         self.spaces.push(Space { root, directory, tables: [None; 2] });
     }
@@ -246,7 +246,7 @@ impl Kernel {
             let table = self.take(numbers);
             self.page_call(number::AllocatePage, table);
             let entry = self.directory_entry(space, region);
-            self.set(entry, table * FRAME | USED, EntryFlags::PD.bits());
+            self.set(entry, (table * FRAME) | USED, EntryFlags::PD.bits());
             self.spaces[space].tables[region] = Some(table);
         }
     }
@@ -275,7 +275,7 @@ impl Kernel {
             0 if !self.free.is_empty() => numbers.one_of(&self.free),
             _ => DATA + numbers.below(MEMORY - DATA),
         };
-        let mut value = frame * FRAME | USED;
+        let mut value = (frame * FRAME) | USED;
         value &= if numbers.one_in(3) { !WRITABLE } else { !0 };
         value &= if numbers.one_in(4) { !DIRTY } else { !0 };
         value &= if numbers.one_in(6) { !(ACCESSED | DIRTY) } else { !0 };
@@ -428,7 +428,7 @@ impl Kernel {
 
 fn run(seed: u64, fault: Fault) -> Result<(u32, u64), String> {
     let mut numbers = Numbers(seed ^ 0x1a7e);
-    let pool = if numbers.one_in(4) { 4 + numbers.below(6) as usize } else { 60 };
+    let pool = if numbers.one_in(4) { 4 + numbers.below(6) as usize } else { 24 };
     let mut kernel = Kernel::new(numbers.one_in(2), pool, fault);
     kernel.forget(|_| true);
     for step in 0..300 {
@@ -441,7 +441,7 @@ fn run(seed: u64, fault: Fault) -> Result<(u32, u64), String> {
 #[test]
 fn told_late_the_processor_sees_what_one_with_a_tlb_may_see() {
     let (mut stale, mut recycled) = (0, 0);
-    for seed in 0..u64::from(cases(1000)) {
+    for seed in 0..u64::from(cases(600)) {
         let (accesses, times) = run(seed, Fault::Nothing).unwrap_or_else(|why| panic!("{why}"));
         stale += accesses;
         recycled += times;
