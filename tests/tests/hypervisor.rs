@@ -212,6 +212,13 @@ fn a_loop_without_interrupts_is_told_of() -> Result<()> {
     ends(Fate::LoopMasked, Paging::Nested, PATIENCE, Ending::TimeLimit, words)
 }
 
+/// An NMI that is not to stop the guest is its own: it is let through, also where the shadow has to be filled on the way to its handler.
+#[test]
+fn an_nmi_is_the_guests_own() -> Result<()> {
+    ends(Fate::OwnNmi, Paging::Shadow, 180, Ending::TripleFault, "delivered 2")?;
+    ends(Fate::OwnNmi, Paging::Nested, 180, Ending::TripleFault, "00000061")
+}
+
 #[test]
 fn a_halt_without_interrupts_is_told_of() -> Result<()> {
     ends(Fate::HaltMasked, Paging::Shadow, PATIENCE, Ending::TimeLimit, "the guest's time is over")

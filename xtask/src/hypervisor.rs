@@ -109,22 +109,13 @@ pub enum Fate {
     LoopOfExits,
     /// Page tables in a device's memory.
     DeviceTables,
+    /// An NMI that the guest sends itself, which must not end it, and then a triple fault.
+    OwnNmi,
     /// Hypercalls that do not exist, and then the one that ends the guest.
     Garbage,
 }
 
 impl Fate {
-    /// Each of them.
-    pub const ALL: [Self; 7] = [
-        Self::TripleFault,
-        Self::Loop,
-        Self::LoopMasked,
-        Self::HaltMasked,
-        Self::LoopOfExits,
-        Self::DeviceTables,
-        Self::Garbage,
-    ];
-
     /// Its name on command lines.
     #[must_use]
     pub const fn name(self) -> &'static str {
@@ -135,6 +126,7 @@ impl Fate {
             Self::HaltMasked => "halt-masked",
             Self::LoopOfExits => "loop-of-exits",
             Self::DeviceTables => "device-tables",
+            Self::OwnNmi => "own-nmi",
             Self::Garbage => "garbage",
         }
     }
@@ -417,7 +409,7 @@ impl Watched {
         progress: impl Fn(&str),
     ) -> Result<Self> {
         machine.host_prefix = Some(PREFIX.into());
-        machine.last_stores = vec![(STOP, 1), (NMI_ADDRESS, NMI)];
+        machine.last_stores = vec![(STOP, 1), SEND_NMI];
         // The machine's memory is a file: QEMU leaves the exits in it.
         let memory = traced.then(tempfile::NamedTempFile::new).transpose()?;
         machine.memory_file = memory.as_ref().map(|file| file.path().into());
@@ -433,8 +425,7 @@ impl Watched {
 
 /// Where devices store to for an interrupt, here to every processor, and the word for an NMI: it comes through whatever a guest has done to
 /// its interrupt controllers.
-const NMI_ADDRESS: u32 = 0xfeef_f000;
-const NMI: u32 = 4 << 8;
+const SEND_NMI: (u32, u32) = (0xfeef_f000, 4 << 8);
 
 /// What the hypervisor said last of a run that failed, but for its table of counters.
 #[must_use]

@@ -40,12 +40,9 @@ impl Record {
         let mut file = File::open(memory).with_context(|| memory.display().to_string())?;
         file.seek(SeekFrom::Start(RECORD.start.into()))?;
         let mut file = BufReader::new(file.take(u64::from(RECORD.end - RECORD.start)));
-        let mut word = || -> Result<u64> {
-            let mut bytes = [0; 8];
-            file.read_exact(&mut bytes).context("the machine's memory is too small")?;
-            Ok(u64::from_le_bytes(bytes))
-        };
-        let [signature, count, started, _] = [word()?, word()?, word()?, word()?];
+        let mut bytes = [0; size_of::<Head>()];
+        file.read_exact(&mut bytes).context("the machine's memory is too small")?;
+        let Head { signature, count, started, .. } = Head::of_bytes(&bytes);
         ensure!(
             signature == SIGNATURE,
             "the hypervisor did not start: there is no record of exits"
@@ -68,8 +65,6 @@ impl Record {
         self.count - self.exits.len() as u64
     }
 }
-
-const _: () = assert!(size_of::<Head>() == 4 * size_of::<u64>());
 
 /// A track of a process.
 #[derive(Clone, Copy)]

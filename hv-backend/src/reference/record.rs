@@ -83,6 +83,27 @@ pub struct Head {
     pub stop: u64,
 }
 
+impl Head {
+    /// Of its bytes in memory.
+    #[must_use]
+    pub const fn of_bytes(bytes: &[u8; size_of::<Self>()]) -> Self {
+        Self {
+            signature: long(bytes, offset_of!(Self, signature)),
+            count: long(bytes, offset_of!(Self, count)),
+            started: long(bytes, offset_of!(Self, started)),
+            stop: long(bytes, offset_of!(Self, stop)),
+        }
+    }
+}
+
+const fn word(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+}
+
+const fn long(bytes: &[u8], at: usize) -> u64 {
+    word(bytes, at) as u64 | (word(bytes, at + 4) as u64) << 32
+}
+
 /// The bytes `VmiExits`.
 pub const SIGNATURE: u64 = u64::from_le_bytes(*b"VmiExits");
 
@@ -162,12 +183,8 @@ impl Exit {
     /// Of its bytes in memory.
     #[must_use]
     pub const fn of_bytes(bytes: &[u8; size_of::<Self>()]) -> Self {
-        const fn word(bytes: &[u8], at: usize) -> u32 {
-            u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
-        }
         Self {
-            exited: word(bytes, offset_of!(Self, exited)) as u64
-                | (word(bytes, offset_of!(Self, exited) + 4) as u64) << 32,
+            exited: long(bytes, offset_of!(Self, exited)),
             spent: word(bytes, offset_of!(Self, spent)),
             eip: word(bytes, offset_of!(Self, eip)),
             cr3: word(bytes, offset_of!(Self, cr3)),

@@ -3,7 +3,7 @@
 #![expect(unsafe_code, reason = "UNSAFETY: each end is a few instructions of inline assembly")]
 
 use crate::hypervisor::Hypervisor;
-use crate::paging::physical;
+use crate::paging::{LocalApic, Space, physical};
 use crate::processor;
 use crate::report;
 use core::arch::asm;
@@ -20,7 +20,7 @@ const GARBAGE: core::ops::Range<u32> = 0x100..0x108;
 const LAST_WORDS: &str = "no hypercall is left to try";
 
 /// Comes to an end. Interrupts are off, and every line of the interrupt controller is masked.
-pub(crate) fn meet(name: &str) -> ! {
+pub(crate) fn meet(name: &str, space: Space) -> ! {
     match name {
         "triple-fault" => triple_fault(),
         // SAFETY: nothing else is to happen.
@@ -35,6 +35,14 @@ pub(crate) fn meet(name: &str) -> ! {
             processor::set_cr3(SCREEN);
             // SAFETY: translations that are known still may serve for a while.
             unsafe { asm!("2: jmp 2b", options(noreturn)) }
+        }
+        "own-nmi" => {
+            let Some(apic) = LocalApic::map(space) else {
+                report::abandon(format_args!("there is no local APIC"))
+            };
+            apic.interrupt_itself();
+            // That was none.
+            triple_fault()
         }
         "garbage" => {
             let Some(hypervisor) = Hypervisor::find() else {

@@ -188,7 +188,7 @@ fn first_start(client: Client) -> ! {
         rom.allow_rewriting();
     }
     if let Some(name) = command_line::value("end") {
-        fate::meet(name)
+        fate::meet(name, space)
     }
     if command_line::has("workload") {
         run_in_each_mode(report, space, rom, workload::run)

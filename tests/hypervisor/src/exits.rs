@@ -68,7 +68,7 @@ impl Guest {
                     format_args!("a task switch by hardware, which would load CR3"),
                 );
             }
-            code::INVALID => {
+            code::INVALID | code::INVALID_LOW => {
                 self.fail(Ending::OwnFault, format_args!("the processor refuses VMRUN"));
             }
             other => {

@@ -46,6 +46,7 @@ const SINGLE_STEP: u64 = 1 << 14;
 /// Vectors.
 const DEBUG: u8 = 1;
 pub(crate) const INVALID_OPCODE: u8 = 6;
+const NON_MASKABLE: u8 = 2;
 const BREAKPOINT: u8 = 3;
 const OVERFLOW: u8 = 4;
 const DOUBLE_FAULT: u8 = 8;
@@ -343,7 +344,7 @@ impl Guest {
 
     /// What was being delivered when the exit came is delivered now, unless something else has to be.
     ///
-    /// INT, INT3 and INTO are executed again instead. QEMU calls interrupts of devices exceptions.
+    /// INT, INT3 and INTO are executed again instead. QEMU calls interrupts of devices exceptions, and NMIs too.
     pub(crate) fn resume_event(&mut self) {
         let event = self.vmcb.control.exit_interrupt;
         if event & EVENT_VALID == 0 || self.vmcb.control.event_injection != 0 {
@@ -352,6 +353,7 @@ impl Guest {
         let vector = event as u8;
         let kind = match event >> 8 & 7 {
             EVENT_EXCEPTION if vector >= FIRST_INTERRUPT => EVENT_INTERRUPT,
+            EVENT_EXCEPTION if vector == NON_MASKABLE => EVENT_NMI,
             EVENT_EXCEPTION if vector == BREAKPOINT || vector == OVERFLOW => return,
             kind @ (EVENT_INTERRUPT | EVENT_NMI | EVENT_EXCEPTION) => kind,
             _ => return,

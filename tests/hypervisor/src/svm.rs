@@ -76,6 +76,8 @@ pub(crate) mod exit {
     pub(crate) const SKINIT: u64 = 0x86;
     pub(crate) const NESTED_PAGE_FAULT: u64 = 0x400;
     pub(crate) const INVALID: u64 = u64::MAX;
+    /// The same from QEMU, which writes the lower half.
+    pub(crate) const INVALID_LOW: u64 = u32::MAX as u64;
 }
 
 /// The control area.
