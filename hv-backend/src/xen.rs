@@ -102,7 +102,7 @@ pub struct Xen {
     mode: Cell<u32>,
     /// How many entries may be in `updates` when one more comes that waits. 0 if none may wait.
     most: Cell<u32>,
-    /// The linear address of the table with the last entry, and its machine address. 0: none.
+    /// The linear address of the table with the last entry, and its machine address.
     last_table: Cell<u32>,
     last_place: Cell<u64>,
     frames: Frames,
@@ -167,6 +167,21 @@ impl Xen {
 
     /// Where the word lies that is not 0 while something waits.
     pub const WAITING_OFFSET: usize = offset_of!(Self, waiting);
+
+    /// What the assembly of SetPxELong has to know of the state.
+    pub const MOST_OFFSET: usize = offset_of!(Self, most);
+    /// See [`Self::MOST_OFFSET`].
+    pub const LAST_TABLE_OFFSET: usize = offset_of!(Self, last_table);
+    /// See [`Self::MOST_OFFSET`].
+    pub const LAST_PLACE_OFFSET: usize = offset_of!(Self, last_place);
+    /// See [`Self::MOST_OFFSET`].
+    pub const UPDATES_OFFSET: usize = offset_of!(Self, updates);
+    /// See [`Self::MOST_OFFSET`].
+    pub const PAGES_OFFSET: usize = offset_of!(Self, frames) + offset_of!(Frames, pages);
+    /// See [`Self::MOST_OFFSET`].
+    pub const P2M_OFFSET: usize = offset_of!(Self, frames) + offset_of!(Frames, p2m);
+    /// See [`Self::MOST_OFFSET`].
+    pub const TABLES_OFFSET: usize = offset_of!(Self, frames) + offset_of!(Frames, tables);
 
     /// The calls that are served by code of this backend.
     #[rustfmt::skip]
@@ -245,6 +260,7 @@ impl Xen {
         }
         let linear = image.wrapping_sub(placement.image);
         self.frames.start(machine, placement, linear, own);
+        self.forget_table();
         let [event, failsafe] = callbacks;
         done(machine.hypercall(hypercall::SET_CALLBACKS, [code, event, code, failsafe]))?;
         if self.chosen.get() != 0 {
@@ -279,12 +295,6 @@ impl Xen {
     /// Runs a section that no event divides.
     #[inline(always)]
     pub fn uninterrupted<R>(&self, machine: &impl Machine, section: impl FnOnce() -> R) -> R {
-        self.uninterrupted_until(section, || deliver(machine))
-    }
-
-    /// The same. If something became pending, `deliver` is called, which does as [`deliver`] in the caller's own way.
-    #[inline(always)]
-    pub fn uninterrupted_until<R>(&self, section: impl FnOnce() -> R, deliver: impl FnOnce()) -> R {
         let were_off = self.shared.mask.load(Relaxed);
         self.shared.mask.store(1, Relaxed);
         compiler_fence(SeqCst);
@@ -292,7 +302,7 @@ impl Xen {
         compiler_fence(SeqCst);
         self.shared.mask.store(were_off, Relaxed);
         if were_off == 0 && self.shared.pending.load(Relaxed) != 0 {
-            deliver();
+            deliver(machine);
         }
         result
     }
@@ -503,7 +513,7 @@ fn apply(machine: &impl Machine, updates: &[Cell<MmuUpdate>]) -> Result<(), Refu
 /// Has Xen look for pending events: it does so on the way back from every hypercall. This one does nothing else.
 #[cold]
 #[inline(never)]
-pub fn deliver(machine: &impl Machine) {
+fn deliver(machine: &impl Machine) {
     machine.hypercall(hypercall::XEN_VERSION, [0; 4]);
 }
 

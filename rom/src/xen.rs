@@ -21,7 +21,8 @@ use vmi_abi::flags::LazyMode;
 use vmi_abi::state::DescriptorTable;
 use vmi_abi::{CALLS_3_0, for_each_call, number};
 use vmi_hv_backend::xen::interface::{
-    FORCED_EMULATION, HYPERCALL_VECTOR, PLACEMENT_SIZE, Placement, hypercall, physdev, sched,
+    Entry, FORCED_EMULATION, HYPERCALL_VECTOR, MmuUpdate, PAGE_SHIFT, PAGE_SIZE, PLACEMENT_SIZE,
+    Placement, hypercall, physdev, sched,
 };
 use vmi_hv_backend::xen::{Cpu, Delivery, MEMORY, Machine, Xen, cpuid};
 use vmi_native_backend::binding::{SHORT_PLAIN, is_short};
@@ -252,31 +253,6 @@ entries! {
     Shutdown { "jmp {function}" }
     shutdown() { Cpu.shut_down(sched::SHUTDOWN_POWEROFF); }
 
-    /// EDX:EAX value, ECX entry, stack flags.
-    SetPxELong { "pushl %eax", "call {function}", "retl" }
-    set_entry(entry, high, low) {
-        let xen = xen();
-        let take = || xen.take_entry(&Cpu, u64::from(high) << 32 | u64::from(low), entry);
-        // Before a call of its own the compiler would find the global offset table, of which there is none.
-        // SAFETY: it takes no arguments, and keeps what this declares.
-        let deliver = || unsafe { asm!("call {}", sym deliver_pending, clobber_abi("fastcall")) };
-        if !xen.uninterrupted_until(take, deliver) {
-            // SAFETY: it has this function's arguments, and takes the last from the stack.
-            unsafe {
-                asm!(
-                    "pushl {low}",
-                    "call {function}",
-                    low = in(reg) low,
-                    in("ecx") entry,
-                    in("edx") high,
-                    function = sym set_any_entry,
-                    clobber_abi("fastcall"),
-                    options(att_syntax),
-                );
-            }
-        }
-    }
-
     /// EAX frame -> EAX.
     MachineToPhysical { "movl %eax, %ecx", "jmp {function}" }
     machine_to_physical(frame) -> u32 { xen().machine_to_physical(&Cpu, frame) }
@@ -332,7 +308,7 @@ entries! {
 
     /// EAX counter -> EDX:EAX.
     GetCycleCounter { "movl %eax, %ecx", "jmp {function}" }
-    counter(counter) -> u64 { xen().counter(&Cpu, counter) }
+    counter(counter) -> u64 { uninterrupted(|xen| xen.counter(&Cpu, counter)) }
 
     /// EAX flags, ECX:EDX expiry, stack period.
     SetAlarm { "pushl 8(%esp)", "pushl 8(%esp)", "pushl %ecx", "movl %eax, %ecx", "call {function}", "retl" }
@@ -359,15 +335,17 @@ entries! {
     set_lazy_mode(mode) { uninterrupted(|xen| xen.set_lazy_mode(&Cpu, LazyMode(mode))); }
 }
 
-/// SetPxELong in its other cases.
-extern "fastcall" fn set_any_entry(entry: u32, high: u32, low: u32) {
+/// SetPxELong in all its cases.
+extern "fastcall" fn set_entry(entry: u32, high: u32, low: u32) {
     let value = u64::from(high) << 32 | u64::from(low);
     uninterrupted(|xen| xen.set_entry(&Cpu, value, entry));
 }
 
-/// Has Xen deliver what is pending.
-extern "fastcall" fn deliver_pending() {
-    vmi_hv_backend::xen::deliver(&Cpu);
+/// Takes an update that is Xen's already.
+extern "fastcall" fn take_update(ptr_low: u32, ptr_high: u32, val_low: u32, val_high: u32) {
+    let long = |low, high| u64::from(high) << 32 | u64::from(low);
+    let (ptr, val): (u64, u64) = (long(ptr_low, ptr_high), long(val_low, val_high));
+    uninterrupted(|xen| xen.take_update(&Cpu, MmuUpdate { ptr, val }));
 }
 
 /// Hands over what waits.
@@ -386,6 +364,11 @@ extern "fastcall" fn next_delivery(vector: u32) -> u64 {
     };
     u64::from(selector) << 32 | u64::from(address)
 }
+
+/// What of an entry is the guest's, and not the frame's or of no use to Xen.
+const KEPT_BITS: u64 = !(Entry::FRAME.bits() | Entry::GLOBAL.bits());
+
+const _: () = assert!(size_of::<MmuUpdate>().is_power_of_two());
 
 /// Features that Xen's 32-bit guests cannot use, or that the ROM has no part of: leaf 1, EDX. Virtual-8086 extensions, large pages,
 /// the local APIC, SYSENTER, global pages, large pages again.
@@ -440,6 +423,97 @@ routines! {
         const FORCED_EMULATION[4],
         withheld = const WITHHELD,
         extended = const WITHHELD_EXTENDED,
+    }
+
+    /// EDX:EAX value, ECX entry, stack flags.
+    ///
+    /// The frequent case: an entry of the same table as the last one, which leads to memory that is no table, or nowhere. Any other is
+    /// a function's. The last part, where the update is put behind those that wait, needs interrupts neither off nor on:
+    /// `event_callback` has it begin again.
+    SetPxELong {
+        "pushl %ebx",
+        "pushl %esi",
+        "pushl %edi",
+        "call 1f",
+        "1: popl %ebx",
+        "addl (rom_start - 1b + {distance})(%ebx), %ebx",
+        "leal (rom_start - 1b)(%ebx), %ebx",
+        "xorl {last_table}(%ebx), %ecx", // The offset in the table, if it is the same.
+        "cmpl ${page}, %ecx",
+        "jae 4f",
+        "testb ${present}, %al",
+        "jz 2f",
+        "movl %eax, %esi",
+        "shrdl ${page_shift}, %edx, %esi",
+        "cmpl {pages}(%ebx), %esi",
+        "jae 4f",
+        "movl {tables}(%ebx), %edi",
+        "btl %esi, (%edi)",
+        "jc 4f",
+        "movl {p2m}(%ebx), %edi",
+        "movl (%edi, %esi, 4), %esi",
+        "andl ${low_bits}, %eax",
+        "andl ${high_bits}, %edx",
+        "movl %esi, %edi",
+        "shll ${page_shift}, %esi",
+        "shrl $32 - {page_shift}, %edi",
+        "orl %esi, %eax",
+        "orl %edi, %edx",
+        "2: addl {last_place}(%ebx), %ecx",
+        ".globl xen_restart",
+        ".hidden xen_restart",
+        "xen_restart:",
+        "movl {waiting}(%ebx), %esi",
+        "cmpl {most}(%ebx), %esi",
+        "jae 3f",
+        "movl {last_place} + 4(%ebx), %edi",
+        "shll ${update_shift}, %esi",
+        "movl %ecx, {updates}(%ebx, %esi)",
+        "movl %edi, {updates} + 4(%ebx, %esi)",
+        "movl %eax, {updates} + 8(%ebx, %esi)",
+        "movl %edx, {updates} + 12(%ebx, %esi)",
+        "incl {waiting}(%ebx)",
+        ".globl xen_restart_end",
+        ".hidden xen_restart_end",
+        "xen_restart_end:",
+        "popl %edi",
+        "popl %esi",
+        "popl %ebx",
+        "retl",
+        // It is the last, or does not wait.
+        "3: pushl %edx",
+        "pushl %eax",
+        "movl {last_place} + 4(%ebx), %edx",
+        "call {take}",
+        "popl %edi",
+        "popl %esi",
+        "popl %ebx",
+        "retl",
+        // Any other.
+        "4: xorl {last_table}(%ebx), %ecx",
+        "popl %edi",
+        "popl %esi",
+        "popl %ebx",
+        "pushl %eax",
+        "call {function}",
+        "retl",
+        distance = const DISTANCE,
+        last_table = const Xen::LAST_TABLE_OFFSET,
+        last_place = const Xen::LAST_PLACE_OFFSET,
+        waiting = const Xen::WAITING_OFFSET,
+        most = const Xen::MOST_OFFSET,
+        pages = const Xen::PAGES_OFFSET,
+        p2m = const Xen::P2M_OFFSET,
+        tables = const Xen::TABLES_OFFSET,
+        updates = const Xen::UPDATES_OFFSET,
+        update_shift = const size_of::<MmuUpdate>().trailing_zeros(),
+        page = const PAGE_SIZE,
+        page_shift = const PAGE_SHIFT,
+        present = const Entry::PRESENT.bits(),
+        low_bits = const KEPT_BITS as u32,
+        high_bits = const (KEPT_BITS >> 32) as u32,
+        take = sym take_update,
+        function = sym set_entry,
     }
 
     /// Changes flags. What is pending is delivered before it returns.
@@ -566,6 +640,16 @@ routines! {
 
     /// Xen enters here with events masked, and on the stack an interrupt's frame.
     event_callback {
+        "pushl %eax",
+        "call 99f",
+        "99: popl %eax",
+        "subl 4(%esp), %eax",
+        "negl %eax",
+        "subl $(xen_restart - 99b), %eax", // How far in the part of `SetPxELong` that begins again.
+        "cmpl $(xen_restart_end - xen_restart), %eax",
+        "jae 2f",
+        "subl %eax, 4(%esp)",
+        "2: popl %eax",
         "pushl $0", // Where the handler's selector comes,
         "pushl $0", // and its address. Till then, a vector.
         "jmp {deliver}",

@@ -21,6 +21,7 @@ pub struct Delivery {
 
 impl Xen {
     /// What to deliver now. Interrupts are off. What is pending beyond that stays so, and comes when they are on again.
+    #[inline(never)]
     pub fn next_event(&self, machine: &impl Machine) -> Delivery {
         self.shared.pending.store(0, Relaxed);
         let words = self.shared.selector.swap(0, Relaxed);
@@ -48,6 +49,7 @@ impl Xen {
     }
 
     /// Takes the events of one word.
+    #[inline(never)]
     fn take_events(&self, machine: &impl Machine, word: u32) {
         let there = |offset| self.frames.shared_info.get().wrapping_add(offset as u32 + 4 * word);
         let pending = there(offset_of!(SharedInfo, evtchn_pending));

@@ -22,16 +22,16 @@ pub(super) struct Frames {
     /// The linear address of the guest's physical memory.
     pub(super) linear: Cell<u32>,
     /// How many frames the guest has.
-    pages: Cell<u32>,
+    pub(super) pages: Cell<u32>,
     /// The linear addresses of the loader's lists.
-    p2m: Cell<u32>,
-    tables: Cell<u32>,
+    pub(super) p2m: Cell<u32>,
+    pub(super) tables: Cell<u32>,
     /// That of Xen's page.
     pub(super) shared_info: Cell<u32>,
     /// That of this state.
     pub(super) own: Cell<u32>,
     /// Where Xen's part of the linear address space begins, and in it its list of the guest's frames.
-    virtual_top: Cell<u32>,
+    pub(super) virtual_top: Cell<u32>,
     /// How many frames that list has.
     machine_frames: Cell<u32>,
     slots: [Cell<Slot>; SLOTS],
@@ -97,13 +97,7 @@ impl Frames {
     /// Whether a frame has to stay read-only.
     #[inline(always)]
     pub(super) fn is_table(&self, machine: &impl Machine, frame: u32) -> bool {
-        self.is_own(frame) && self.is_marked(machine, frame)
-    }
-
-    /// The same of one that is the guest's memory.
-    #[inline(always)]
-    pub(super) fn is_marked(&self, machine: &impl Machine, frame: u32) -> bool {
-        machine.load(self.word_of(frame)) >> (frame % 32) & 1 != 0
+        self.is_own(frame) && machine.load(self.word_of(frame)) >> (frame % 32) & 1 != 0
     }
 
     /// Whether a frame is a table that leads to tables.

@@ -13,6 +13,9 @@ pub trait Machine {
     /// Writes one.
     fn store(&self, address: u32, value: u32);
 
+    /// Writes two, of which nobody sees only one.
+    fn store_long(&self, address: u32, value: u64);
+
     /// Clears bits of a word that Xen changes too, in one step, and answers how it was.
     fn clear_bits(&self, address: u32, bits: u32) -> u32;
 

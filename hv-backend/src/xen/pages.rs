@@ -65,54 +65,36 @@ const LARGE: u64 = Entry::LARGE.bits();
 const NEW: u64 = 1 << 62;
 
 impl Xen {
-    /// SetPxELong in the frequent case: an entry of the same table as the last one, that waits, and leads to memory that is no table.
-    /// Any other is not taken, and nothing is changed. Interrupts are off.
-    #[inline(always)]
-    pub fn take_entry(&self, machine: &impl Machine, value: u64, entry: u32) -> bool {
-        let waiting = self.waiting.get();
-        let offset = entry ^ self.last_table.get();
-        if waiting >= self.most.get() || offset >= PAGE_SIZE {
-            return false;
-        }
-        let mut val = value;
-        if value & PRESENT != 0 {
-            let frame = frame_in(value);
-            if !self.frames.is_own(frame) || self.frames.is_marked(machine, frame) {
-                return false;
-            }
-            let found = u64::from(self.frames.machine_frame(machine, frame)) << PAGE_SHIFT;
-            val = value & !(Entry::FRAME | Entry::GLOBAL).bits() | found;
-        }
-        let Some(place) = self.updates.get(waiting as usize) else { return false };
-        place.set(MmuUpdate { ptr: self.last_place.get() | u64::from(offset), val });
-        self.waiting.set(waiting + 1);
-        true
-    }
-
-    /// SetPxELong: at once, or it waits.
+    /// SetPxELong: at once, or it waits. In the image the frequent case is assembly, in `rom/src/xen.rs`, for which this notes the table.
     pub fn set_entry(&self, machine: &impl Machine, value: u64, entry: u32) {
-        if self.take_entry(machine, value, entry) {
-            return;
-        }
         let Some(table) = self.frames.frame_of(entry) else {
             return self.refuse(machine, number::SetPxELong, entry, 0);
         };
         if !self.frames.is_table(machine, table) {
             // Memory: it is translated when it becomes a table. No processor looks at it before.
-            machine.store(entry, value as u32);
-            return machine.store(entry.wrapping_add(4), (value >> 32) as u32);
+            return machine.store_long(entry, value);
         }
         let place = u64::from(self.frames.machine_frame(machine, table)) << PAGE_SHIFT;
         self.last_table.set(entry & !(PAGE_SIZE - 1));
         self.last_place.set(place);
         let leads_to_tables = || self.frames.is_directory(machine, table);
         let val = self.frames.machine_entry(machine, value, leads_to_tables);
+        self.take_update(machine, MmuUpdate { ptr: place | u64::from(entry % PAGE_SIZE), val });
+    }
+
+    /// Has the next entry looked at whole: no table of the guest's lies in Xen's part of the address space.
+    pub(super) fn forget_table(&self) {
+        self.last_table.set(self.frames.virtual_top.get());
+    }
+
+    /// Has an update wait, or be applied at once with all that does.
+    pub fn take_update(&self, machine: &impl Machine, update: MmuUpdate) {
         if !self.is_in(LazyMode::MMU) {
             self.flush(machine);
         }
         let waiting = self.waiting.get();
         if let Some(free) = self.updates.get(waiting as usize) {
-            free.set(MmuUpdate { ptr: place | u64::from(entry % PAGE_SIZE), val });
+            free.set(update);
             self.waiting.set(waiting + 1);
         }
         // The last place, or out of the mode.
@@ -245,7 +227,7 @@ impl Xen {
         if !self.frames.is_table(machine, frame) {
             return;
         }
-        self.last_table.set(0);
+        self.forget_table();
         let level = Level::of(PageFlags::from_bits_retain(flags));
         if level == Level::Pointers {
             let arg1 = self.frames.machine_frame(machine, frame);

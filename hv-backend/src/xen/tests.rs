@@ -594,6 +594,11 @@ fn clocks_are_xens() {
     assert_eq!(xen.frequency(), 500_000_000);
     model.tsc.set(3000);
     assert_eq!([0, 1, 2, 3].map(|counter| xen.counter(&model, counter)), [3000, 3000, 0, 0]);
+    // Two and a half seconds on the list of those that wait, half a second off line.
+    let stolen = [[0; 2], [2_500_000_000, 0], [0; 2], [500_000_000, 0]];
+    xen.alarms.run_state.set(interface::RunState { time: stolen, ..Default::default() });
+    assert_eq!(xen.counter(&model, 2), 1_500_000_000);
+    assert_eq!(xen.counter(&model, 1), 3000_u64.wrapping_sub(1_500_000_000));
     model.wall_clock(2, 100, 7);
     assert_eq!(xen.wall_clock(&model), 100_000_000_007 + 5_000_000 + 4000);
     assert_eq!(xen.wall_clock_updated(&model), 0, "the first look");

@@ -45,7 +45,10 @@ pub(super) struct Alarms {
     vector: Cell<u32>,
     /// The version of the wall clock that the guest has seen.
     wall_clock: Cell<u32>,
-    run_state: Cell<RunState>,
+    pub(super) run_state: Cell<RunState>,
+    /// The cycles in which this processor waited for a real one, and of how many nanoseconds they were made.
+    stolen: Cell<u64>,
+    stolen_time: Cell<u64>,
     alarms: [Cell<Alarm>; COUNTERS],
 }
 
@@ -84,14 +87,6 @@ impl Scale {
         }
     }
 
-    /// Cycles of so many nanoseconds.
-    const fn cycles(self, nanoseconds: u64) -> u64 {
-        let seconds = nanoseconds / NANOSECONDS;
-        seconds
-            .wrapping_mul(self.cycles_of_less(NANOSECONDS))
-            .wrapping_add(self.cycles_of_less(nanoseconds % NANOSECONDS))
-    }
-
     /// The system time at a reading of the counter.
     const fn system_time_at(self, stamp: u64) -> u64 {
         if stamp >= self.stamp {
@@ -121,6 +116,7 @@ impl Xen {
         done(machine.operate(hypercall::EVENT_CHANNEL_OP, event_channel::UNMASK, &mut [port]))
     }
 
+    #[inline(never)]
     fn scale(&self) -> Scale {
         let word =
             |offset: usize| self.shared.time.get(offset / 4).map_or(0, |word| word.load(Relaxed));
@@ -160,7 +156,16 @@ impl Xen {
     /// Cycles in which this processor waited for a real one.
     fn stolen(&self) -> u64 {
         let [_, waiting, _, off_line] = self.alarms.run_state.get().time;
-        self.scale().cycles(long(waiting).wrapping_add(long(off_line)))
+        let time = long(waiting).wrapping_add(long(off_line));
+        loop {
+            let more = time.saturating_sub(self.alarms.stolen_time.get()).min(NANOSECONDS);
+            if more == 0 {
+                return self.alarms.stolen.get();
+            }
+            let cycles = self.scale().cycles_of_less(more);
+            self.alarms.stolen.set(self.alarms.stolen.get().wrapping_add(cycles));
+            self.alarms.stolen_time.set(self.alarms.stolen_time.get() + more);
+        }
     }
 
     /// SetAlarm. A counter without alarms has none.

@@ -65,6 +65,22 @@ impl Machine for Cpu {
         unsafe { with_exposed_provenance_mut::<u32>(address as usize).write_volatile(value) }
     }
 
+    fn store_long(&self, address: u32, value: u64) {
+        // SAFETY: as above. What it reads first is only guessed, and read by the instruction itself if the guess is wrong.
+        unsafe {
+            asm!(
+                "2: lock cmpxchg8b ({there})",
+                "jne 2b",
+                there = in(reg) address,
+                inout("eax") 0 => _,
+                inout("edx") 0 => _,
+                in("ebx") value as u32,
+                in("ecx") (value >> 32) as u32,
+                options(att_syntax, nostack),
+            );
+        }
+    }
+
     fn clear_bits(&self, address: u32, bits: u32) -> u32 {
         let there: *mut u32 = with_exposed_provenance_mut(address as usize);
         // SAFETY: as above.

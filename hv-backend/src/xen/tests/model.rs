@@ -338,6 +338,11 @@ impl Machine for Model {
         self.memory.borrow_mut().insert(address, value);
     }
 
+    fn store_long(&self, address: u32, value: u64) {
+        self.store(address, value as u32);
+        self.store(address + 4, (value >> 32) as u32);
+    }
+
     fn clear_bits(&self, address: u32, bits: u32) -> u32 {
         let old = self.load(address);
         self.store(address, old & !bits);
