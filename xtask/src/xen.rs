@@ -126,6 +126,8 @@ impl Setup<'_> {
             // Xen's clocks want a steady processor no more than they want one that skips.
             steady_time: false,
             extra: vec!["-serial".into(), port],
+            // The guest tests Reboot, and after a crash says in which call it was.
+            no_reboot: false,
             limit: self.limit,
             banner: has_banner.then(|| BANNER.into()),
             ..Machine::default()
