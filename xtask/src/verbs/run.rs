@@ -1,5 +1,6 @@
 //! `cargo xtask run`.
 
+mod all;
 mod linux;
 mod reference;
 mod xen;
@@ -132,6 +133,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     match args.reference.on {
         Some(Host::Reference) => return reference::run(&findings, args),
         Some(Host::Xen) => return xen::run(&findings, args),
+        Some(Host::All) => return all::run(&findings, args),
         None => {}
     }
     let built = artifacts::build_all(&findings)?;

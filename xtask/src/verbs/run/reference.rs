@@ -21,6 +21,8 @@ pub(super) enum Host {
     Reference,
     /// Xen, as a guest with paravirtualization; what there is not yet of it, is built first.
     Xen,
+    /// One image and one guest on bare hardware, on the reference hypervisor in batches, and on Xen.
+    All,
 }
 
 /// The hypervisor's modes that are tried.
@@ -70,7 +72,7 @@ impl Options {
         }
     }
 
-    fn task(&self) -> Task {
+    pub(super) fn task(&self) -> Task {
         match (self.workload, self.hostile) {
             (true, _) => Task::Workload,
             (_, true) => Task::Hostile,
