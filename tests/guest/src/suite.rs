@@ -136,7 +136,7 @@ pub(crate) extern "C" fn main_on_a_host() -> ! {
     test_rom(&mut report, space, 1, rom);
     xen::run(&mut report, space, rom);
     check_fingerprint(&mut report, rom, fingerprint);
-    test_reset(&report, rom, SOFT_RESET)
+    end_with_reboot(report, rom)
 }
 
 /// The machine's ROM, or else what is linked into the guest; says what it is.
@@ -230,6 +230,11 @@ fn first_start(client: Client) -> ! {
         }
         test_crowd(&mut report, space, rom);
     }
+    end_with_reboot(report, rom)
+}
+
+/// Tests Reboot, the last call of all.
+fn end_with_reboot(mut report: Report, rom: Rom) -> ! {
     if command_line::has("no-reboot") {
         let mut session = open_reboot(rom);
         session.judge_answer();

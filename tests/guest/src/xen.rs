@@ -10,15 +10,12 @@ mod refusal;
 
 use crate::boot::PAGE_OFFSET;
 use crate::host::{self, CALLS};
-use crate::paging::PAGE;
 use crate::paging::Space;
 use crate::report::{Problems, Report};
 use crate::rom::Rom;
 use crate::{command_line, devices, traps};
 use core::arch::asm;
 use core::mem::offset_of;
-use vmi_hv_backend::reference::interface::GRANT_OFFSET;
-use vmi_hv_backend::reference::interface::Grant;
 use vmi_hv_backend::xen::interface::{
     FORCED_EMULATION, HYPERCALL_VECTOR, PLACEMENT_SIZE, Placement, SharedInfo, console,
     event_channel, hypercall,
@@ -83,17 +80,11 @@ fn operate(command: u32, arguments: &mut [u32]) -> i32 {
 
 /// The ROM's memory, and what the loader has left in it for the ROM.
 fn granted(rom: &Rom) -> Option<(u32, Placement)> {
-    let word = |offset: usize| {
-        let bytes = rom.bytes().get(GRANT_OFFSET + offset..)?.first_chunk()?;
-        Some(u32::from_le_bytes(*bytes))
-    };
-    let [wanted, distance] = [offset_of!(Grant, wanted), offset_of!(Grant, distance)].map(word);
-    let start = PAGE_OFFSET + rom.physical + distance?;
-    let end = start + wanted?.next_multiple_of(PAGE);
-    let placement = (end - PLACEMENT_SIZE) as *const Placement;
+    let grant = rom.grant()?;
+    let placement = (PAGE_OFFSET + grant.end - PLACEMENT_SIZE) as *const Placement;
     // SAFETY: the memory that the ROM was granted is mapped.
     let placement = unsafe { placement.read_volatile() };
-    placement.is_valid().then_some((start, placement))
+    placement.is_valid().then_some((PAGE_OFFSET + grant.start, placement))
 }
 
 /// Where the page that Xen shares is mapped, as the loader has told the ROM.

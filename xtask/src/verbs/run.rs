@@ -43,7 +43,7 @@ pub struct Args {
     #[arg(long, default_value = "max")]
     cpu: String,
     /// Show what a kernel's operations cost, in instructions: natively and with each of our images,
-    /// or with the ROM given.
+    /// or with the ROM given; on Xen what changes cost there, its own work included.
     #[arg(long)]
     costs: bool,
     /// Put the ROM behind a PCI card instead of giving it to the firmware.

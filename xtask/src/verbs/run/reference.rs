@@ -10,7 +10,7 @@ use crate::table::{Align, BAD, Cell, DIM, GOOD, HEAD, Table};
 use crate::tap::{self, WorkloadLine};
 use crate::toolchain::Findings;
 use crate::xen::source::Build;
-use anyhow::Result;
+use anyhow::{Result, bail};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -41,7 +41,7 @@ enum Modes {
 pub(super) struct Options {
     /// Run the guest on a hypervisor.
     #[arg(long, value_enum, value_name = "HYPERVISOR")]
-    #[arg(conflicts_with_all = ["no_rom", "bar", "client", "machine", "cpu", "processors", "memory", "costs"])]
+    #[arg(conflicts_with_all = ["no_rom", "bar", "client", "machine", "cpu", "processors", "memory"])]
     pub(super) on: Option<Host>,
     /// Which Xen, built by `setup --xen`.
     #[arg(long, value_enum, value_name = "BUILD", default_value_t, requires = "on")]
@@ -85,6 +85,9 @@ impl Options {
 ///
 /// The ROM cannot be read, the build fails, or QEMU does not start.
 pub(super) fn run(findings: &Findings, all: &super::Args) -> Result<ExitCode> {
+    if all.costs {
+        bail!("--costs is for bare hardware and for Xen; here --workload counts exits");
+    }
     let args = &all.reference;
     if let Some(rom) = &all.rom {
         build::read(rom)?;
