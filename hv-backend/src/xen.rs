@@ -119,6 +119,8 @@ pub struct Xen {
     /// The numbers of the guest's calls that `calls` are made of. Xen may overwrite all of those but the results.
     made: [Cell<u32>; CALLS],
     traps: [Cell<TrapInfo>; TRAPS + 1],
+    /// On the way through new tables: those above, and where it goes on in them.
+    path: [Cell<(u32, u32)>; 2],
     /// The last refusal in words, for Xen's console.
     text: [Cell<u8>; TEXT_LIMIT],
 }
@@ -423,9 +425,14 @@ impl Xen {
             place.set(MulticallEntry { op, result: 0, args: [a, b, c, d, 0, 0] });
             self.called(machine, number);
         } else {
-            self.flush(machine);
-            self.expect(machine, number, arguments[0], machine.hypercall(op, arguments));
+            self.call_now(machine, op, arguments, number);
         }
+    }
+
+    #[inline(never)]
+    fn call_now(&self, machine: &impl Machine, op: u32, arguments: [u32; 4], number: CallNumber) {
+        self.flush(machine);
+        self.expect(machine, number, arguments[0], machine.hypercall(op, arguments));
     }
 
     /// One call more waits, of this number. A full array goes over.

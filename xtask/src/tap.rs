@@ -13,6 +13,7 @@
 //! # cost operation="cli and sti" times=100 native=8000 rom=8000
 //! # workload name="fork" mode=PAE operations=4 entries=12288 counters=0,12,...
 //! # hostile what="hypercalls" count=1500
+//! # xen-cost work="map" entries=32 rom=608 raw=555 trapped=3175
 //! 1..2
 //! # vmi-guest: 1 of 2 checks fail
 //! ```
@@ -45,12 +46,43 @@ pub struct Report {
     pub workloads: Vec<WorkloadLine>,
     /// What a hostile guest tried under it.
     pub attempts: Vec<AttemptLine>,
+    /// What changes cost on Xen.
+    pub xen_costs: Vec<XenCostLine>,
     /// How many checks the guest planned.
     pub plan: Option<usize>,
     /// The closing line, without its start.
     pub closing: Option<String>,
     /// What is wrong with the report itself.
     pub faults: Vec<String>,
+}
+
+/// What a change costs on Xen, in instructions of the guest, the ROM and Xen.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct XenCostLine {
+    /// What is done.
+    pub work: String,
+    /// To how many entries at once; the counts are for one.
+    pub entries: u32,
+    /// By the ROM's calls.
+    pub rom: u64,
+    /// By hypercalls of the guest's own.
+    pub raw: u64,
+    /// By stores that Xen traps; 0 where there are none that it would emulate.
+    pub trapped: u64,
+}
+
+impl XenCostLine {
+    /// How much more it costs by the ROM than by a guest that was written for Xen.
+    #[must_use]
+    pub fn ratio(&self) -> f64 {
+        self.rom as f64 / self.raw as f64
+    }
+
+    /// How much more it costs by stores that trap than by the ROM.
+    #[must_use]
+    pub fn saving(&self) -> Option<f64> {
+        (self.trapped != 0).then(|| self.trapped as f64 / self.rom as f64)
+    }
 }
 
 /// The ROM that the guest found.
@@ -229,6 +261,8 @@ impl Reader {
             self.cost(fields);
         } else if let Some(fields) = line.strip_prefix("# workload ") {
             self.workload(fields);
+        } else if let Some(fields) = line.strip_prefix("# xen-cost ") {
+            self.xen_cost(fields);
         } else if let Some(fields) = line.strip_prefix("# hostile ") {
             self.attempt(fields);
         } else if let Some(fields) = line.strip_prefix("# rom ") {
@@ -363,6 +397,26 @@ impl Reader {
         match line {
             Some(line) => self.report.workloads.push(line),
             None => self.fault(format!("an unreadable line of a workload: {text:?}")),
+        }
+    }
+
+    /// What a change costs on Xen.
+    fn xen_cost(&mut self, text: &str) {
+        let fields = fields(text);
+        let number = |key: &str| fields.get(key).and_then(|text| integer(text));
+        let line = (|| {
+            Some(XenCostLine {
+                work: fields.get("work")?.clone(),
+                entries: u32::try_from(number("entries")?).ok()?,
+                // What was never the same is 0.
+                rom: number("rom").filter(|count| *count != 0)?,
+                raw: number("raw").filter(|count| *count != 0)?,
+                trapped: number("trapped")?,
+            })
+        })();
+        match line {
+            Some(line) => self.report.xen_costs.push(line),
+            None => self.fault(format!("an unreadable line of costs on Xen: {text:?}")),
         }
     }
 
@@ -582,5 +636,20 @@ mod tests {
         fn any_text_is_read_without_a_panic(log in "(TAP version 14\n)?(\\PC|\n|ok |not ok |# call |1\\.\\.|  ---\n|=|\"){0,200}") {
             let _ = Report::parse(&log).complaint();
         }
+    }
+
+    #[test]
+    fn costs_on_xen_are_read_and_what_was_never_the_same_is_a_fault() {
+        let log =
+            |line: &str| format!("{VERSION}\nok 1 - x\n{line}\n1..1\n{MARKER}all 1 checks hold\n");
+        let report =
+            Report::parse(&log("# xen-cost work=\"map\" entries=32 rom=600 raw=500 trapped=3000"));
+        let [found] = &report.xen_costs[..] else { panic!("one line") };
+        assert_eq!((found.work.as_str(), found.entries, found.ratio()), ("map", 32, 1.2));
+        assert_eq!(found.saving(), Some(5.0));
+        assert_eq!(report.complaint(), None);
+        let report =
+            Report::parse(&log("# xen-cost work=\"map\" entries=32 rom=0 raw=500 trapped=3000"));
+        assert!(report.complaint().is_some() && report.xen_costs.is_empty());
     }
 }

@@ -74,6 +74,8 @@ pub struct Setup<'a> {
     pub xen: &'a Xen,
     /// Another image instead of ours.
     pub rom: Option<&'a Path>,
+    /// Count instructions, Xen's too, and have the guest say what changes cost; Reboot is left out then.
+    pub costs: bool,
     /// How long the run may take.
     pub limit: Duration,
 }
@@ -85,16 +87,20 @@ pub struct Hosted {
     pub conformance: Conformance,
     /// What Xen complains of.
     pub crash: Option<String>,
+    /// Whether costs were wanted.
+    costs: bool,
 }
 
 impl Hosted {
     /// Why it did not pass; nothing if it did.
     #[must_use]
     pub fn complaint(&self) -> Option<String> {
-        self.crash
-            .as_ref()
-            .map(|line| format!("Xen says: {line}"))
-            .or_else(|| self.conformance.complaint())
+        let crash = self.crash.as_ref().map(|line| format!("Xen says: {line}"));
+        let counted = !self.conformance.report.xen_costs.is_empty();
+        let silent = || {
+            (self.costs && !counted).then(|| "the guest says nothing of what changes cost".into())
+        };
+        crash.or_else(|| self.conformance.complaint()).or_else(silent)
     }
 
     /// What Xen and the loader said last.
@@ -115,17 +121,26 @@ impl Setup<'_> {
             build::read(rom)?.windows(BANNER.len()).any(|part| part == BANNER.as_bytes());
         let mut port = std::ffi::OsString::from("file:");
         port.push(console);
+        let mut extra = vec!["-serial".into(), port];
+        let mut words = "client=3.0";
+        if self.costs {
+            // Each instruction takes a nanosecond, and so a tick of the time-stamp counter.
+            extra.extend(["-icount".into(), "shift=0,sleep=off".into()]);
+            words = "client=3.0 no-reboot costs";
+        }
         Ok(Machine {
             // Others either hang or are refused by Xen, or by what it wants to know of idle processors.
             cpu: "qemu64".into(),
             roms: vec![Attachment::OptionRom(rom.to_owned())],
             kernel: Some(self.xen.path.clone()),
             // What follows the loader's name is the guest's command line.
-            modules: vec![module(&self.built.loader, "client=3.0"), module(&self.built.guest, "")],
+            modules: vec![module(&self.built.loader, words), module(&self.built.guest, "")],
             append: Some(COMMAND_LINE.into()),
             // Xen's clocks want a steady processor no more than they want one that skips.
             steady_time: false,
-            extra: vec!["-serial".into(), port],
+            extra,
+            // The guest tests Reboot, and after a crash says in which call it was.
+            no_reboot: false,
             limit: self.limit,
             banner: has_banner.then(|| BANNER.into()),
             ..Machine::default()
@@ -148,7 +163,7 @@ impl Setup<'_> {
             .unwrap_or_default();
         let crash = crash(&run.host);
         let conformance = Conformance::of(run, Client::Lookup, false, machine.steady_time);
-        Ok(Hosted { conformance, crash })
+        Ok(Hosted { conformance, crash, costs: self.costs })
     }
 }
 

@@ -12,6 +12,7 @@ use super::interface::{
 use super::machine::Machine;
 use super::{ONE_CALL, Xen};
 use crate::CallNumber;
+use core::cell::Cell;
 use core::ops::Range;
 use vmi_abi::flags::{FlushFlags, LazyMode, PageFlags};
 use vmi_abi::number;
@@ -46,6 +47,13 @@ impl Level {
         }
     }
 
+    const fn above(self) -> Self {
+        match self {
+            Self::Table => Self::Directory,
+            Self::Directory | Self::Pointers => Self::Pointers,
+        }
+    }
+
     const fn below(self) -> Option<Self> {
         match self {
             Self::Pointers => Some(Self::Directory),
@@ -53,6 +61,13 @@ impl Level {
             Self::Table => None,
         }
     }
+}
+
+/// What is done with entries on the way through new tables.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Pass {
+    Mark,
+    Translate,
 }
 
 /// Which entries of a table have the machine's frames already: none.
@@ -159,8 +174,9 @@ impl Xen {
             return self.refuse(machine, number::AllocatePage, frame, 0);
         }
         // First all of them are marked: they may map each other, and must do so read-only.
-        self.mark(machine, frame, level, &done);
-        self.translate(machine, frame, level, &done);
+        self.frames.set_table(machine, frame, true, level != Level::Table);
+        self.pass(machine, frame, level, &done, Pass::Mark);
+        self.pass(machine, frame, level, &done, Pass::Translate);
         if level == Level::Pointers {
             let arg1 = self.frames.machine_frame(machine, frame);
             let pin = MmuExtOp { cmd: mmuext::PIN_L3_TABLE, arg1, arg2: 0 };
@@ -168,42 +184,70 @@ impl Xen {
         }
     }
 
-    /// Marks a table and all new ones that it leads to, these also in the entries that do so.
+    /// Does something with all entries of a table, and of the new tables that it leads to. The way there is in the state, for a guest's
+    /// stack is small.
     #[inline(never)]
-    fn mark(&self, machine: &impl Machine, table: u32, level: Level, done: &Range<u32>) {
-        self.frames.set_table(machine, table, true, level != Level::Table);
-        let Some(below) = level.below() else { return };
-        for index in 0..level.entries() {
-            let entry = self.entry(machine, table, index);
-            let next = frame_in(entry);
-            let is_new = entry & (PRESENT | LARGE) == PRESENT
-                && self.frames.is_own(next)
-                && !self.frames.is_table(machine, next);
-            if is_new && !done.contains(&index) {
-                self.mark(machine, next, below, &NONE);
-                self.set(machine, table, index, entry | NEW);
+    fn pass(&self, machine: &impl Machine, root: u32, top: Level, done: &Range<u32>, pass: Pass) {
+        let (mut depth, mut level, mut table, mut index) = (0, top, root, 0);
+        loop {
+            if index == level.entries() {
+                if pass == Pass::Translate {
+                    self.map(machine, table, 0, number::AllocatePage);
+                }
+                let Some(above) = usize::checked_sub(depth, 1) else { return };
+                depth = above;
+                level = level.above();
+                (table, index) = self.path.get(depth).map_or((root, 0), Cell::get);
+                continue;
+            }
+            let next = if depth == 0 && done.contains(&index) {
+                None
+            } else if pass == Pass::Mark {
+                self.mark(machine, table, index, level)
+            } else {
+                self.translate(machine, table, index, level)
+            };
+            index += 1;
+            if let (Some(next), Some(below)) = (next, level.below()) {
+                if let Some(place) = self.path.get(depth) {
+                    place.set((table, index));
+                }
+                depth += 1;
+                (level, table, index) = (below, next, 0);
             }
         }
     }
 
-    /// Puts the machine's frames into all that is marked as new, and makes it read-only.
-    #[inline(never)]
-    fn translate(&self, machine: &impl Machine, table: u32, level: Level, done: &Range<u32>) {
-        for index in 0..level.entries() {
-            let entry = self.entry(machine, table, index);
-            if entry & PRESENT == 0 || done.contains(&index) {
-                continue;
-            }
-            if entry & NEW != 0
-                && let Some(below) = level.below()
-            {
-                self.translate(machine, frame_in(entry), below, &NONE);
-            }
-            let leads_on = || level != Level::Table;
-            let entry = self.frames.machine_entry(machine, entry & !NEW, leads_on);
-            self.set(machine, table, index, entry);
+    /// If an entry leads to a new table, marks the table, and the entry.
+    fn mark(&self, machine: &impl Machine, table: u32, index: u32, level: Level) -> Option<u32> {
+        let below = level.below()?;
+        let entry = self.entry(machine, table, index);
+        let next = frame_in(entry);
+        let is_new = entry & (PRESENT | LARGE) == PRESENT
+            && self.frames.is_own(next)
+            && !self.frames.is_table(machine, next);
+        is_new.then(|| {
+            self.frames.set_table(machine, next, true, below != Level::Table);
+            self.set(machine, table, index, entry | NEW);
+            next
+        })
+    }
+
+    /// Puts the machine's frame into an entry, and tells where it leads to if that is marked as new.
+    fn translate(
+        &self,
+        machine: &impl Machine,
+        table: u32,
+        index: u32,
+        level: Level,
+    ) -> Option<u32> {
+        let entry = self.entry(machine, table, index);
+        if entry & PRESENT == 0 {
+            return None;
         }
-        self.map(machine, table, 0, number::AllocatePage);
+        let leads_on = || level != Level::Table;
+        self.set(machine, table, index, self.frames.machine_entry(machine, entry & !NEW, leads_on));
+        (entry & NEW != 0 && leads_on()).then(|| frame_in(entry))
     }
 
     /// Maps a frame where all memory is mapped, read-only or with what is added. Whether Xen let it.

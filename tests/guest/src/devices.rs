@@ -5,8 +5,8 @@
 #![expect(unsafe_code, reason = "UNSAFETY: the calls of a ROM")]
 
 use crate::host::{self, CALLS};
-use crate::paging;
 use crate::processor::{cpuid, halt_forever, has_cmpxchg8b, inb, outb, outl, rdtsc};
+use crate::{paging, traps};
 use vmi_abi::flags::{AlarmFlags, CycleCounter};
 use vmi_native_backend::binding::SiteRule;
 
@@ -72,6 +72,25 @@ fn set_alarm(milliseconds: u64, flags: AlarmFlags) {
     }
 }
 
+/// The interrupt line at which an alarm arrives on a host that is wired to the local APIC's timer; `None` if it does not come.
+pub(crate) fn line_of_alarm() -> Option<u32> {
+    let before = traps::interrupts();
+    set_alarm(0, AlarmFlags::WIRED_LVTT);
+    wait_for_alarm();
+    CALLS.EnableInterrupts();
+    CALLS.DisableInterrupts();
+    discard_interrupts();
+    (traps::interrupts() == before + 1).then(traps::last_line)
+}
+
+/// Waits until an alarm that is due has come: nothing shows it.
+fn wait_for_alarm() {
+    let end = rdtsc() + CALLS.GetCycleFrequency() / 1000 * 5;
+    while rdtsc() < end {
+        core::hint::spin_loop();
+    }
+}
+
 /// Lets only IRQ 0 through, or nothing.
 pub(crate) fn enable_timer_line(enabled: bool) {
     if host::is_hosted() {
@@ -130,11 +149,7 @@ pub(crate) fn make_timer_pending() -> bool {
     discard_interrupts();
     if host::is_hosted() {
         set_alarm(0, AlarmFlags::empty());
-        // Nothing shows that it has come.
-        let end = rdtsc() + CALLS.GetCycleFrequency() / 1000 * 5;
-        while rdtsc() < end {
-            core::hint::spin_loop();
-        }
+        wait_for_alarm();
         return true;
     }
     start_timer(100);

@@ -101,6 +101,12 @@ pub(crate) fn release_page(frame: u32, flags: u32) {
     unsafe { CALLS.ReleasePage(frame, flags) };
 }
 
+/// Writes a register of the local APIC, if the ROM has one.
+pub(crate) fn write_apic(register: u32, value: u32) {
+    // SAFETY: callers name the vector of an alarm that is not armed.
+    unsafe { CALLS.APICWrite(register, value) };
+}
+
 /// IF, as calls pass it.
 const INTERRUPT_FLAG: u32 = 1 << 9;
 

@@ -143,6 +143,19 @@ impl Rom {
     /// Maps the memory that the ROM was granted, at the same distance behind each of the places where the image
     /// is used. All other storage of the option-ROM area is read-only.
     pub(crate) fn map_grant(&self, space: Space) {
+        let Some(grant) = self.grant() else { return };
+        let images =
+            [PAGE_OFFSET + self.physical, self.alias(), (&raw const paging::ROM_COPY) as u32];
+        for address in grant.step_by(PAGE as usize) {
+            let offset = address - self.physical;
+            for image in images {
+                space.map_writable(image + offset, address);
+            }
+        }
+    }
+
+    /// The memory that the ROM was granted, by its physical addresses; `None` if it wants none or has got none.
+    pub(crate) fn grant(&self) -> Option<Range<u32>> {
         let word = |offset: usize| {
             let bytes = self.bytes().get(GRANT_OFFSET + offset..)?.first_chunk()?;
             Some(u32::from_le_bytes(*bytes))
@@ -150,17 +163,9 @@ impl Rom {
         let [signature, wanted, distance] =
             [offset_of!(Grant, signature), offset_of!(Grant, wanted), offset_of!(Grant, distance)]
                 .map(|offset| word(offset).unwrap_or(0));
-        if signature != GRANT_SIGNATURE || self.is_linked() {
-            return;
-        }
-        let images =
-            [PAGE_OFFSET + self.physical, self.alias(), (&raw const paging::ROM_COPY) as u32];
-        for offset in (distance..distance + wanted).step_by(PAGE as usize).filter(|_| distance != 0)
-        {
-            for image in images {
-                space.map_writable(image + offset, self.physical + offset);
-            }
-        }
+        let start = self.physical + distance;
+        let is_there = signature == GRANT_SIGNATURE && distance != 0 && !self.is_linked();
+        is_there.then(|| start..start + wanted.next_multiple_of(PAGE))
     }
 
     /// Where the image is seen a second time.

@@ -113,26 +113,31 @@ pub(crate) extern "C" fn main() -> ! {
 /// Runs the suite as a guest that was started at its VMI entry: in the host's own space, and in the ring that it gives.
 pub(crate) extern "C" fn main_on_a_host() -> ! {
     console::initialize();
-    line!("TAP version 14");
-    let rom = find(Client::Lookup);
+    let record = Record::take();
+    let rom = match record {
+        Some(_) => find_again(Client::Lookup),
+        None => {
+            line!("TAP version 14");
+            find(Client::Lookup)
+        }
+    };
     host::start(&rom);
     segments::initialize(trap_stack_top());
     traps::initialize();
     segments::are_complete();
+    let space = Space::adopt();
+    if let Some(record) = record {
+        go_on(record, rom);
+    }
     line!("# started at the VMI entry, in ring {}", host::ring());
     let mut report = Report::default();
-    let space = Space::adopt();
     let fingerprint = fingerprint(rom.bytes());
     check_sum(&mut report, rom);
     functions::check();
     test_rom(&mut report, space, 1, rom);
     xen::run(&mut report, space, rom);
     check_fingerprint(&mut report, rom, fingerprint);
-    let mut session = open_reboot(rom);
-    session.judge_answer();
-    session.skipped = Some("a host that starts its guest anew starts a new one");
-    conclude(&mut report, &session);
-    report.finish()
+    end_with_reboot(report, rom)
 }
 
 /// The machine's ROM, or else what is linked into the guest; says what it is.
@@ -150,6 +155,11 @@ fn find(client: Client) -> Rom {
         rom.is_linked()
     );
     rom
+}
+
+/// The same after a reset, without a word.
+fn find_again(client: Client) -> Rom {
+    Rom::find(client, |_, _| ()).unwrap_or_else(|| Rom::linked(client))
 }
 
 /// Holds the image's bytes against their sum.
@@ -224,6 +234,11 @@ fn first_start(client: Client) -> ! {
         }
         test_crowd(&mut report, space, rom);
     }
+    end_with_reboot(report, rom)
+}
+
+/// Tests Reboot, the last call of all.
+fn end_with_reboot(mut report: Report, rom: Rom) -> ! {
     if command_line::has("no-reboot") {
         let mut session = open_reboot(rom);
         session.judge_answer();
@@ -422,16 +437,23 @@ fn test_reset(report: &Report, rom: Rom, phase: u32) -> ! {
 
 /// The guest was started again by a reset.
 fn started_again(client: Client, record: Record) -> ! {
-    let mut report = Report::resumed(record.points, record.failures);
     let space = Space::new(Mode::NonPae);
     space.activate();
-    let rom = Rom::find(client, |_, _| ()).unwrap_or_else(|| Rom::linked(client));
+    let rom = find_again(client);
     rom.map_grant(space);
-    let Some(call) = client.revision().call(record.number) else {
+    if record.phase == SOFT_RESET {
+        return_to_mode(record.mode, space, rom);
+    }
+    go_on(record, rom)
+}
+
+/// Goes on after a reset.
+fn go_on(record: Record, rom: Rom) -> ! {
+    let mut report = Report::resumed(record.points, record.failures);
+    let Some(call) = rom.client.revision().call(record.number) else {
         report::abandon(format_args!("a call is recorded that there is not"))
     };
     if record.phase == SOFT_RESET {
-        return_to_mode(record.mode, space, rom);
         test_reset(&report, rom, HARD_RESET);
     }
     let mode = MODES[(record.mode as usize).min(1)];

@@ -185,6 +185,7 @@ pub(crate) fn initialize() {
 
 static INTERRUPTS: AtomicU32 = AtomicU32::new(0);
 static LAST_INTERRUPTED: AtomicU32 = AtomicU32::new(0);
+static LAST_LINE: AtomicU32 = AtomicU32::new(0);
 
 /// Interrupts that arrived since the guest started.
 pub(crate) fn interrupts() -> u32 {
@@ -196,6 +197,11 @@ pub(crate) fn last_interrupted() -> u32 {
     LAST_INTERRUPTED.load(Ordering::Relaxed)
 }
 
+/// The line at which it came.
+pub(crate) fn last_line() -> u32 {
+    LAST_LINE.load(Ordering::Relaxed)
+}
+
 extern "C" fn handle(frame: *mut Frame) {
     // SAFETY: the entry code passes the frame that it has just pushed; the words of another ring
     // lie above it, on the same stack, even where they are not part of this frame.
@@ -203,6 +209,7 @@ extern "C" fn handle(frame: *mut Frame) {
     let irq = frame.vector.wrapping_sub(u32::from(devices::IRQ_BASE));
     if irq < 16 {
         LAST_INTERRUPTED.store(frame.eip, Ordering::Relaxed);
+        LAST_LINE.store(irq, Ordering::Relaxed);
         INTERRUPTS.fetch_add(1, Ordering::Relaxed);
         devices::end_of_interrupt(irq as u8);
         return;

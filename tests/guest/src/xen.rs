@@ -6,21 +6,19 @@
 #![expect(unsafe_code, reason = "UNSAFETY: hypercalls, and the page that Xen shares")]
 
 mod costs;
+mod refusal;
 
 use crate::boot::PAGE_OFFSET;
 use crate::host::{self, CALLS};
-use crate::paging::PAGE;
 use crate::paging::Space;
 use crate::report::{Problems, Report};
 use crate::rom::Rom;
 use crate::{command_line, devices, traps};
 use core::arch::asm;
 use core::mem::offset_of;
-use vmi_hv_backend::reference::interface::GRANT_OFFSET;
-use vmi_hv_backend::reference::interface::Grant;
 use vmi_hv_backend::xen::interface::{
-    FORCED_EMULATION, HYPERCALL_VECTOR, PLACEMENT_SIGNATURE, PLACEMENT_SIZE, Placement, SharedInfo,
-    console, event_channel, hypercall,
+    FORCED_EMULATION, HYPERCALL_VECTOR, PLACEMENT_SIZE, Placement, SharedInfo, console,
+    event_channel, hypercall,
 };
 
 /// What Xen answers to CPUID's leaf 40000000h.
@@ -80,18 +78,18 @@ fn operate(command: u32, arguments: &mut [u32]) -> i32 {
     call(hypercall::EVENT_CHANNEL_OP, [command, arguments.as_mut_ptr() as u32, 0])
 }
 
-/// Where the page that Xen shares is mapped, as the loader has told the ROM.
-fn shared_info(rom: &Rom) -> Option<u32> {
-    let word = |offset: usize| {
-        let bytes = rom.bytes().get(GRANT_OFFSET + offset..)?.first_chunk()?;
-        Some(u32::from_le_bytes(*bytes))
-    };
-    let [wanted, distance] = [offset_of!(Grant, wanted), offset_of!(Grant, distance)].map(word);
-    let end = PAGE_OFFSET + rom.physical + distance? + wanted?.next_multiple_of(PAGE);
-    let placement = (end - PLACEMENT_SIZE) as *const Placement;
+/// The ROM's memory, and what the loader has left in it for the ROM.
+fn granted(rom: &Rom) -> Option<(u32, Placement)> {
+    let grant = rom.grant()?;
+    let placement = (PAGE_OFFSET + grant.end - PLACEMENT_SIZE) as *const Placement;
     // SAFETY: the memory that the ROM was granted is mapped.
     let placement = unsafe { placement.read_volatile() };
-    (placement.signature == PLACEMENT_SIGNATURE).then_some(PAGE_OFFSET + placement.shared_info)
+    placement.is_valid().then_some((PAGE_OFFSET + grant.start, placement))
+}
+
+/// Where the page that Xen shares is mapped, as the loader has told the ROM.
+fn shared_info(rom: &Rom) -> Option<u32> {
+    granted(rom).map(|(_, placement)| PAGE_OFFSET + placement.shared_info)
 }
 
 /// A bit of one of the lists in that page.
@@ -137,6 +135,13 @@ pub(crate) fn run(report: &mut Report, space: Space, rom: Rom) {
         None => expect(false, format_args!("nobody has said where Xen's shared page is")),
     }
     report.point(format_args!("Xen's console and an event channel, beside the ROM"), &problems);
+    let mut problems = Problems::default();
+    refusal::run(space, &rom, &mut |holds, rule| {
+        if !holds {
+            problems.add(rule);
+        }
+    });
+    report.point(format_args!("page-table entries that Xen refuses"), &problems);
     if command_line::has("costs") {
         costs::count(space);
     }

@@ -5,6 +5,7 @@ use crate::build::{self, Tools};
 use crate::debian::{self, Flavour};
 use crate::table::{BAD, GOOD, HEAD};
 use crate::toolchain::{Findings, Need};
+use crate::xen::source::Build;
 use anyhow::{Context, Result};
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, IsTerminal};
@@ -56,6 +57,10 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let are_there =
         debian::fetch(&Flavour::ALL).inspect_err(|error| anstream::eprintln!("{error:#}")).is_ok();
     totals.add(are_there);
+    step("Xen for guests");
+    let is_there =
+        super::setup::xen(Build::Release).inspect_err(|error| anstream::eprintln!("{error:#}"));
+    totals.add(is_there.is_ok());
     tests(args.filter.as_deref(), &mut totals)?;
 
     let Totals { passed, failed } = totals;

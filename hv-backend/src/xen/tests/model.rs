@@ -321,6 +321,7 @@ pub(super) fn zeroed() -> std::boxed::Box<Xen> {
         made: [const { Cell::new(0) }; CALLS],
         traps: [const { Cell::new(TrapInfo { vector: 0, flags: 0, cs: 0, address: 0 }) };
             TRAPS + 1],
+        path: Default::default(),
         text: [const { Cell::new(0) }; TEXT_LIMIT],
     })
 }

@@ -5,6 +5,7 @@
 use crate::harness::Outcome;
 use crate::paging::LocalApic;
 use crate::session::{Arguments, Session};
+use crate::{devices, host};
 use vmi_abi::flags::CycleCounter;
 
 /// Whether a ROM may say that it knows no time, by a 0: every slot holds code, where get_reloc would
@@ -88,7 +89,22 @@ const VERSION: u32 = 0x30;
 /// The offset of the task priority register, which keeps what is written.
 const TASK_PRIORITY: u32 = 0x80;
 
+/// The offset of the timer's vector, the one register that a host without a local APIC has: alarms come at what is in it.
+const TIMER_VECTOR: u32 = 0x320;
+
+/// Two vectors for it.
+const VECTORS: [u32; 2] = [devices::IRQ_BASE as u32 + 5, devices::IRQ_BASE as u32 + 9];
+
 pub(crate) fn APICRead(s: &mut Session) {
+    if host::is_hosted() {
+        return s.each(|s| {
+            for vector in VECTORS {
+                host::write_apic(TIMER_VECTOR, vector);
+                let Outcome { after, .. } = s.call(Arguments::NONE.eax(TIMER_VECTOR));
+                s.equal("EAX for the timer's vector", after.registers.eax & 0xff, vector);
+            }
+        });
+    }
     let Some(apic) = LocalApic::map(s.space) else {
         s.skipped = Some("the processor has no local APIC");
         return;
@@ -101,6 +117,18 @@ pub(crate) fn APICRead(s: &mut Session) {
 }
 
 pub(crate) fn APICWrite(s: &mut Session) {
+    if host::is_hosted() {
+        return s.each(|s| {
+            for vector in VECTORS {
+                s.call(Arguments::NONE.eax(TIMER_VECTOR).edx(vector));
+                let line = devices::line_of_alarm();
+                s.expect(
+                    line == Some(vector - u32::from(devices::IRQ_BASE)),
+                    format_args!("an alarm came at line {line:?}, the vector is {vector:#x}"),
+                );
+            }
+        });
+    }
     let Some(apic) = LocalApic::map(s.space) else {
         s.skipped = Some("the processor has no local APIC");
         return;

@@ -145,13 +145,13 @@ pub(super) fn count(space: Space) {
     space.map_writable(AREA, frame);
     let entries = space.entry(AREA);
     // SAFETY: changes nothing.
-    let machine_frame = |frame| unsafe { CALLS.PhysicalToMachine(frame) };
+    let place = |frame| u64::from(unsafe { CALLS.PhysicalToMachine(frame) }) * u64::from(PAGE);
     let table = (entries - crate::boot::PAGE_OFFSET) / PAGE;
     let table = Table {
         entries,
-        place: u64::from(machine_frame(table)) * u64::from(PAGE),
+        place: place(table),
         value: u64::from(frame) | PRESENT,
-        machine_value: u64::from(machine_frame(frame / PAGE)) * u64::from(PAGE) | PRESENT,
+        machine_value: place(frame / PAGE) | PRESENT,
     };
     for size in SIZES {
         // From nothing to a writable mapping, and from that to a read-only one.

@@ -21,6 +21,9 @@ pub(super) fn run(findings: &Findings, all: &super::Args) -> Result<ExitCode> {
             "KVM is there for Linux: --kernel says which; `cargo xtask setup --linux` gets Debian's"
         )
     };
+    if all.rom.is_some() || all.reference.trace.is_some() {
+        bail!("KVM has neither a ROM of ours nor a record of its exits: no --rom and no --trace");
+    }
     let options = &all.linux.guest;
     options.files_are_there(kernel)?;
     let initrd = options.initramfs(findings)?;

@@ -11,7 +11,7 @@ use crate::tap::{self, WorkloadLine};
 use crate::toolchain::Findings;
 use crate::verbs::boots::{TraceFile, shows};
 use crate::xen::source::Build;
-use anyhow::Result;
+use anyhow::{Result, bail};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -24,6 +24,8 @@ pub(super) enum Host {
     Kvm,
     /// Xen, as a guest with paravirtualization; what there is not yet of it, is built first.
     Xen,
+    /// One image and one guest on bare hardware, on the reference hypervisor in batches, and on Xen.
+    All,
 }
 
 /// The hypervisor's modes that are tried.
@@ -44,7 +46,7 @@ enum Modes {
 pub(super) struct Options {
     /// Run the guest on a hypervisor.
     #[arg(long, value_enum, value_name = "HYPERVISOR")]
-    #[arg(conflicts_with_all = ["no_rom", "bar", "client", "machine", "cpu", "processors", "memory", "costs"])]
+    #[arg(conflicts_with_all = ["no_rom", "bar", "client", "machine", "cpu", "processors", "memory"])]
     pub(super) on: Option<Host>,
     /// Which Xen, built by `setup --xen`.
     #[arg(long, value_enum, value_name = "BUILD", default_value_t, requires = "on")]
@@ -81,7 +83,7 @@ impl Options {
         }
     }
 
-    fn task(&self) -> Task {
+    pub(super) fn task(&self) -> Task {
         match (self.workload, self.hostile, self.end) {
             (true, ..) => Task::Workload,
             (_, true, _) => Task::Hostile,
@@ -97,6 +99,9 @@ impl Options {
 ///
 /// The ROM cannot be read, the build fails, or QEMU does not start.
 pub(super) fn run(findings: &Findings, all: &super::Args) -> Result<ExitCode> {
+    if all.costs {
+        bail!("--costs is for bare hardware and for Xen; here --workload counts exits");
+    }
     let args = &all.reference;
     if let Some(rom) = &all.rom {
         build::read(rom)?;

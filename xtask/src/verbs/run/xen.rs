@@ -5,6 +5,8 @@ use crate::build;
 use crate::conformance::{Client, Subject};
 use crate::progress::Progress;
 use crate::qemu::Attachment;
+use crate::table::{Align, Cell, GOOD, PLAIN, Table};
+use crate::tap::XenCostLine;
 use crate::toolchain::Findings;
 use crate::verbs::boots::shows;
 use crate::xen::{self, Setup};
@@ -25,7 +27,8 @@ pub(super) fn run(findings: &Findings, all: &super::Args) -> Result<ExitCode> {
     }
     let xen = crate::verbs::setup::xen(all.reference.xen)?;
     let built = xen::build_all(findings)?;
-    let setup = Setup { built: &built, xen: &xen, rom: all.rom.as_deref(), limit: all.limit() };
+    let (rom, limit) = (all.rom.as_deref(), all.limit());
+    let setup = Setup { built: &built, xen: &xen, rom, costs: all.costs, limit };
     let progress = Progress::start(format!("running the guest on Xen {}", xen.version));
     let hosted = setup.run(shows(all.verbose, &progress))?;
     drop(progress);
@@ -42,8 +45,9 @@ pub(super) fn run(findings: &Findings, all: &super::Args) -> Result<ExitCode> {
         let name =
             format!("{} on Xen {}, {}", subject.name(), xen.version, all.reference.xen.name());
         anstream::print!(
-            "{}{}\n{}",
+            "{}{}{}\n{}",
             table(&tried),
+            costs(&result.report.xen_costs),
             failures(&name, result),
             closing(&name, result)
         );
@@ -52,4 +56,30 @@ pub(super) fn run(findings: &Findings, all: &super::Args) -> Result<ExitCode> {
         }
     }
     Ok(if complaint.is_none() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// One row for each piece of work: instructions of the guest, the ROM and Xen.
+fn costs(lines: &[XenCostLine]) -> String {
+    if lines.is_empty() {
+        return String::new();
+    }
+    let mut columns = vec![Align::Left];
+    columns.extend([Align::Right; 6]);
+    let mut table = Table::new(&columns);
+    let titles = ["instructions of one", "at once", "trapped", "hypercall", "rom", "rom/hypercall"];
+    table.heading(&[&titles[..], &["trapped/rom"]].concat());
+    for line in lines {
+        let style = if line.ratio() <= 1.10 { GOOD } else { PLAIN };
+        let trapped = |text: Option<String>| text.unwrap_or_default();
+        table.row([
+            line.work.as_str().into(),
+            line.entries.to_string().into(),
+            trapped(line.saving().map(|_| line.trapped.to_string())).into(),
+            line.raw.to_string().into(),
+            line.rom.to_string().into(),
+            Cell::new(format!("{:.3}", line.ratio()), style),
+            trapped(line.saving().map(|saving| format!("{saving:.1}"))).into(),
+        ]);
+    }
+    format!("\n{}", table.render())
 }
