@@ -25,20 +25,20 @@ const NATIVE: [&str; 5] = ["RDPMC", "SetPxE", "UpdatePxE", "SetInitialAPState", 
 const PAST_THE_ROM: &str = "vmi-guest: this line went past the ROM";
 
 /// Runs the guest; `rom` instead of our image.
-fn run(build: Build, rom: Option<&Path>) -> Result<Hosted> {
+fn run(build: Build, rom: Option<&Path>, costs: bool) -> Result<Hosted> {
     let xen = source::xen(build)?;
-    let limit = Duration::from_secs(240);
-    Setup { built: xen::ensure()?, xen: &xen, rom, limit }.run(|_| ())
+    let limit = Duration::from_secs(300);
+    Setup { built: xen::ensure()?, xen: &xen, rom, costs, limit }.run(|_| ())
 }
 
 /// All calls, Reboot included, and Xen's own console and events beside them.
 fn calls_hold(build: Build) -> Result<()> {
-    let mut hosted = run(build, None)?;
+    let mut hosted = run(build, None, false)?;
     let result = &hosted.conformance;
     let said = format!("{}\n{}\n{}", result.run.command, result.run.host, result.run.serial);
     assert_eq!(hosted.complaint(), None, "{said}");
-    // One for each call, the entry points, the image's sum before and its bytes after, Xen's own interface.
-    assert_eq!(result.report.checks.len(), CALLS_3_0.len() + 4, "{said}");
+    // One for each call, the entry points, the image's sum before and its bytes after, Xen's own interface, what Xen refuses.
+    assert_eq!(result.report.checks.len(), CALLS_3_0.len() + 5, "{said}");
     let with = |wanted: &dyn Fn(&xtask::conformance::CallSummary) -> bool| -> Vec<&str> {
         result.calls.iter().filter(|call| wanted(call)).map(|call| call.name).collect()
     };
@@ -66,10 +66,31 @@ fn calls_on_xen_with_its_assertions() -> Result<()> {
     calls_hold(Build::Debug)
 }
 
+/// A tenth more than hypercalls of the guest's own where entries change in bulk, and a quarter of what stores cost that trap.
+/// Instructions are counted, Xen's too: they are the same each time.
+#[test]
+fn the_rom_costs_little_more_than_hypercalls() -> Result<()> {
+    const BULK: u32 = 32;
+    let hosted = run(Build::Release, None, true)?;
+    let costs = &hosted.conformance.report.xen_costs;
+    assert_eq!(hosted.complaint(), None, "{}", hosted.conformance.run.serial);
+    let bulk: Vec<_> =
+        costs.iter().filter(|cost| cost.entries >= BULK && cost.trapped != 0).collect();
+    assert_eq!(bulk.len(), 6, "{costs:#?}");
+    for cost in bulk {
+        assert!(cost.ratio() <= 1.10, "{cost:?}");
+        assert!(cost.saving().is_some_and(|saving| saving >= 4.0), "{cost:?}");
+    }
+    // Six calls against one multicall.
+    let switch = costs.iter().find(|cost| cost.work == "context switch").context("no switch")?;
+    assert!(switch.ratio() <= 1.25, "{switch:?}");
+    Ok(())
+}
+
 /// A ROM that does not know Xen refuses to work in another ring than 0, and the guest says so.
 #[test]
 fn a_rom_for_bare_hardware_is_no_pass() -> Result<()> {
-    let hosted = run(Build::Release, Some(&artifacts::ensure()?.call))?;
+    let hosted = run(Build::Release, Some(&artifacts::ensure()?.call), false)?;
     let serial = &hosted.conformance.run.serial;
     assert!(hosted.complaint().is_some(), "{serial}");
     assert!(serial.contains("Bail out! the ROM: vmi_init returns"), "{serial}");
@@ -79,7 +100,7 @@ fn a_rom_for_bare_hardware_is_no_pass() -> Result<()> {
 /// Without a ROM the loader does not start the guest.
 #[test]
 fn no_rom_is_no_pass() -> Result<()> {
-    let hosted = run(Build::Release, Some(&artifacts::ensure()?.slots_13_0))?;
+    let hosted = run(Build::Release, Some(&artifacts::ensure()?.slots_13_0), false)?;
     let run = &hosted.conformance.run;
     assert!(matches!(run.outcome, Outcome::WrongExit { status: Some(_), .. }), "{:?}", run.outcome);
     assert!(run.host.contains("loader: no ROM of revision 3.0"), "{}", run.host);
