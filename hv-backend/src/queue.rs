@@ -4,9 +4,17 @@
 //! wait takes everything before it along. So the hypervisor sees all updates in the order in which the guest made them.
 //!
 //! **Visibility.** Every call that is no update is made through [`Queue::call`], which flushes for all calls but those that
-//! [`Role`] knows to be indifferent. InvalPage, FlushTLB, AllocatePage and ReleasePage are updates that may not wait: one hypercall
+//! [`Role`] knows to be indifferent. InvalPage, FlushTLB, AllocatePage and ReleasePage are updates that do not wait: one hypercall
 //! carries them and what is before them. A page fault is seen as GetCR2, a flush on another processor as APICWrite: a backend that
 //! does not serve APICWrite cannot know of the latter, and must treat updates as if they had no DEFER flag.
+//!
+//! **Late.** Where nobody but this processor has the guest's tables, and the hypervisor treats what it made of them as a processor
+//! treats its TLB, more may wait: [`Queue::tell_late`]. Then the guest's memory holds each change of an entry before the update is
+//! taken, and the update tells no more than that there is one. A change that allows more is found by the page fault of the first
+//! use, in memory; one that allows less may be seen late, as with a TLB, until InvalPage, FlushTLB or SetCR3. AllocatePage and
+//! ReleasePage wait with the entries, in the order of which they make sense; but a frame whose ReleasePage waits does not become a table
+//! again before that is told, because what was made of the old table is known by its frame. Leaving the mode MMU and GetCR2 flush nothing
+//! then, and SetCR3 in the mode CPU lets what is before it wait with it: leaving that mode is the load of CR3.
 //!
 //! **Coalescing.** An update replaces the one *directly* before it if both are the same call for the same place. Nothing is
 //! coalesced across a third update: with "clear A, set B, set A" neither of A's places in the order could be left
@@ -31,7 +39,7 @@ use crate::update::{Role, Update};
 use core::cell::Cell;
 use core::mem::offset_of;
 use core::sync::atomic::{Ordering, compiler_fence};
-use vmi_abi::flags::LazyMode;
+use vmi_abi::flags::{EntryFlags, LazyMode};
 use vmi_abi::{Call, number};
 
 /// How many times in a row an update is tried before the guest is stopped.
@@ -64,6 +72,10 @@ pub struct Queue<const CAPACITY: usize> {
     failures: Cell<u32>,
     /// [`LazyMode`].
     mode: Cell<u32>,
+    /// Not zero where changes may be told late.
+    late: Cell<u32>,
+    /// The flag of entries that then do not wait.
+    used_now: Cell<u32>,
     /// How many updates are in the queue.
     count: Cell<u32>,
     /// How many of them are applied already, from the front. Zero but for a flush, and after a stop.
@@ -90,6 +102,8 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
         Self {
             failures: Cell::new(0),
             mode: Cell::new(LazyMode::OFF.0),
+            late: Cell::new(0),
+            used_now: Cell::new(0),
             count: Cell::new(0),
             applied: Cell::new(0),
             stopped: Cell::new(0),
@@ -111,20 +125,71 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
     /// This is the frequent case: it is compiled for each call by itself, and has one way for all that may wait.
     #[inline(always)]
     pub fn submit_uninterrupted(&self, backend: &impl Backend, update: Update, flush: impl Fn()) {
-        let _ = backend;
         let may_wait = || {
             let wrongly = faulty!(InvalPageWaits if update.call == number::InvalPage);
-            update.may_wait(self.lazy_mode()) || wrongly || faulty!(EverythingWaits)
+            let late = update.is_of_page() && self.is_late() && !self.begins_anew(&update);
+            late || update.may_wait(LazyMode(self.mode.get()))
+                || wrongly
+                || faulty!(EverythingWaits)
         };
         // What was before SetCR3 is visible after it, even where SetCR3 itself may wait.
-        if update.call == number::SetCR3 && may_wait() && !faulty!(EntriesWaitBeyondSetCr3) {
+        if update.call == number::SetCR3
+            && !self.is_late()
+            && may_wait()
+            && !faulty!(EntriesWaitBeyondSetCr3)
+        {
             flush();
         }
-        step!(backend);
-        let is_full = self.push(backend, update) as usize >= CAPACITY;
-        if !may_wait() || is_full && !faulty!(FullQueueDrops) {
-            flush();
-        }
+        self.take(backend, update, may_wait, flush);
+    }
+
+    /// Whether a frame becomes a table whose end as one still waits to be told.
+    #[inline(always)]
+    fn begins_anew(&self, update: &Update) -> bool {
+        let is_its_end =
+            |other: Update| other.call == number::ReleasePage && other.address == update.address;
+        update.call == number::AllocatePage
+            && self.pending().iter().any(is_its_end)
+            && !faulty!(BeginsAnewUntold)
+    }
+
+    /// From here on the guest's memory holds each change of an entry before its update is taken, and changes may be told late.
+    pub fn tell_late(&self) {
+        self.late.set(1);
+        self.enter(self.lazy_mode());
+    }
+
+    /// Whether changes may be told late.
+    #[inline(always)]
+    #[must_use]
+    pub fn is_late(&self) -> bool {
+        self.late.get() != 0
+    }
+
+    /// Whether a guest that looks at a page fault has to see what waits. Told late, all of it is in memory but a load of CR3.
+    #[inline(always)]
+    #[must_use]
+    pub fn matters_to_faults(&self) -> bool {
+        !self.is_late() || self.lazy_mode() == LazyMode::CPU && !faulty!(FaultsOvertakeSetCr3)
+    }
+
+    /// Takes an update that tells late of a change: the guest's memory holds it, in the same section. Interrupts are off; `flush` as in
+    /// [`Queue::submit_uninterrupted`].
+    ///
+    /// `value`: the lower half of the new value, `flags`: the guest's. One kind of change does not wait. Where the guest maps a page
+    /// of the space that it is in, outside of the mode MMU, it is about to use the page, and to be told at once costs no more than
+    /// the page fault.
+    #[inline(always)]
+    pub fn submit_late(
+        &self,
+        backend: &impl Backend,
+        update: Update,
+        (value, flags): (u32, u32),
+        flush: impl Fn(),
+    ) {
+        const PRESENT: u32 = 1;
+        let waits = || value & PRESENT == 0 || flags & self.used_now.get() == 0;
+        self.take(backend, update, waits, flush);
     }
 
     /// Makes everything visible that waits.
@@ -138,7 +203,8 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
     /// CLTS, and the interrupted code's SetCR0.
     #[inline(always)]
     pub fn call<R>(&self, backend: &impl Backend, call: &Call, effect: impl FnOnce() -> R) -> R {
-        if flushes(call) { self.flushed(backend, effect) } else { effect() }
+        let is_due = call.number != Some(number::GetCR2) || self.matters_to_faults();
+        if flushes(call) && is_due { self.flushed(backend, effect) } else { effect() }
     }
 
     /// [`Queue::call`] for a call that is known to flush.
@@ -158,20 +224,31 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
     }
 
     /// SetLazyMode. Modes exclude each other, so another mode leaves the old one, and leaving flushes. Off flushes in any
-    /// case. The same mode again changes nothing; an unknown mode lets nothing wait.
+    /// case; told late, only leaving the mode CPU does. The same mode again changes nothing; an unknown mode lets nothing wait.
     pub fn set_lazy_mode(&self, backend: &impl Backend, mode: LazyMode) {
         self.uninterrupted(backend, || {
-            let old = LazyMode(self.mode.get());
+            let old = self.lazy_mode();
             let leaves = old != LazyMode::OFF && old != mode && !faulty!(OtherModeDoesNotFlush);
-            if leaves || mode == LazyMode::OFF && !faulty!(LeavingDoesNotFlush) {
+            let is_off = mode == LazyMode::OFF && !faulty!(LeavingDoesNotFlush);
+            // Told late, what waits in the other modes is in memory.
+            let is_due = !self.is_late() || old == LazyMode::CPU && !faulty!(SetCr3WaitsForEver);
+            if (leaves || is_off) && is_due {
                 self.drain(backend);
             }
             step!(backend);
-            self.mode.set(mode.0);
+            self.enter(mode);
         });
     }
 
-    /// The lazy mode that the guest is in.
+    /// Notes a lazy mode. Told late, MMU is none: all waits outside of it too, and what may not wait does not wait in it.
+    fn enter(&self, mode: LazyMode) {
+        let is_lazy = mode == LazyMode::MMU;
+        let (is_late, used_now) = (self.is_late(), EntryFlags::CURRENT_AS.bits());
+        self.mode.set(if is_late && is_lazy { LazyMode::OFF } else { mode }.0);
+        self.used_now.set(if is_late && !is_lazy { used_now } else { 0 });
+    }
+
+    /// The lazy mode in which updates wait.
     #[inline(always)]
     #[must_use]
     pub fn lazy_mode(&self) -> LazyMode {
@@ -226,12 +303,37 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
         backend.set_interrupt_mask(mask);
     }
 
-    /// Puts an update behind all others, and tells how many there are. There is always room: a queue that becomes full is
-    /// flushed, and only one that is stopped stays full.
+    /// Puts an update behind all others, and flushes if it does not wait, or is the last for which there is room. There always is for
+    /// one; only a queue that is stopped stays full.
     #[inline(always)]
-    fn push(&self, _backend: &impl Backend, update: Update) -> u32 {
+    fn take(
+        &self,
+        _backend: &impl Backend,
+        update: Update,
+        waits: impl FnOnce() -> bool,
+        flush: impl Fn(),
+    ) {
+        step!(_backend);
         let count = self.count.get();
-        let Some(place) = self.updates.get(count as usize) else { return count };
+        // One comparison for the frequent case.
+        let leaves_room = self.updates.get(..CAPACITY - 1);
+        if let Some(place) = leaves_room.and_then(|updates| updates.get(count as usize)) {
+            self.put(_backend, place, count, update);
+            if !waits() {
+                flush();
+            }
+        } else {
+            if let Some(place) = self.updates.get(count as usize) {
+                self.put(_backend, place, count, update);
+            }
+            if !faulty!(FullQueueDrops) || !waits() {
+                flush();
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn put(&self, _backend: &impl Backend, place: &Cell<Update>, count: u32, update: Update) {
         step!(_backend);
         place.set(update);
         step!(_backend);
@@ -242,7 +344,6 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
         {
             place.swap(before);
         }
-        count.wrapping_add(1)
     }
 
     /// Leaves out what the update directly behind it replaces.

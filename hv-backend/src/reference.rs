@@ -9,6 +9,7 @@
 )]
 
 pub mod interface;
+pub mod record;
 #[cfg(target_arch = "x86")]
 mod transport;
 
@@ -32,6 +33,8 @@ pub struct Reference {
     physical: u32,
     /// Whether updates may wait.
     batches: bool,
+    /// Whether they may wait for what drops translations.
+    late: bool,
 }
 
 /// The most bytes of the last words.
@@ -94,7 +97,7 @@ impl Reference {
     pub const SERVED: &[CallNumber] = &[
         number::SetPxE, number::SetPxELong, number::UpdatePxE, number::UpdatePxELong,
         number::AllocatePage, number::ReleasePage, number::InvalPage, number::FlushTLB,
-        number::SetCR3, number::SetLazyMode,
+        number::SetCR3, number::SetLazyMode, number::SetLinearMapping,
         // The page fault's own call; what SetCR3 may have left waiting; paging on or off, and the form of the tables.
         number::GetCR2, number::GetCR3, number::SetCR0, number::SetCR4,
         // Whoever stops does not leave work behind.
@@ -138,7 +141,15 @@ impl Reference {
         }
         // A full queue goes over at once, so batches of fewer than it holds are as good as none.
         let batches = features.contains(Features::BATCH) && limit >= BATCH_LIMIT;
-        Ok(Self { physical, batches })
+        let late = batches && features.contains(Features::LATE);
+        Ok(Self { physical, batches, late })
+    }
+
+    /// Whether changes may be told late: [`Features::LATE`].
+    #[inline]
+    #[must_use]
+    pub const fn may_be_late(&self) -> bool {
+        self.late
     }
 
     /// The mode that the queue is to be in where the guest asks for this one: without batches nothing waits.

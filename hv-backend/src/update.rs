@@ -98,7 +98,7 @@ updates! {
     SetCR3(value: u32) { low: value }
     /// Clears the task-switched flag.
     CLTS() {}
-    /// A page becomes a page table. As the next three it waits for nothing, and comes last in its batch.
+    /// A page becomes a page table. As the next three it has no lazy mode to wait in.
     AllocatePage(frame: u32, flags: u32) { address: frame, flags: flags }
     /// A page is a page table no longer.
     ReleasePage(frame: u32, flags: u32) { address: frame, flags: flags }
@@ -128,6 +128,12 @@ impl Update {
             }
             Deferral::LazyCpu => mode.0 == LazyMode::CPU.0,
         }
+    }
+
+    /// Whether a page becomes a page table, or is one no longer.
+    #[inline(always)]
+    pub(crate) const fn is_of_page(&self) -> bool {
+        matches!(self.call, number::AllocatePage | number::ReleasePage)
     }
 
     /// Whether it leaves nothing of an update directly before it: same call, same place.

@@ -364,6 +364,7 @@ impl Xen {
     #[inline(never)]
     fn drain(&self, machine: &impl Machine) {
         let waiting = self.waiting.replace(0);
+        self.tables.changing.set(0);
         let updates = self.updates.get(..(waiting % ONE_CALL) as usize).unwrap_or_default();
         let calls = self.calls.get(..(waiting / ONE_CALL) as usize).unwrap_or_default();
         if !updates.is_empty() {
@@ -425,14 +426,28 @@ impl Xen {
             place.set(MulticallEntry { op, result: 0, args: [a, b, c, d, 0, 0] });
             self.called(machine, number);
         } else {
-            self.call_now(machine, op, arguments, number);
+            let [a, b, c, d] = arguments;
+            self.call_now(machine, op, a, b, c, d, number);
         }
     }
 
     #[inline(never)]
-    fn call_now(&self, machine: &impl Machine, op: u32, arguments: [u32; 4], number: CallNumber) {
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "an array would lie on the stack on the frequent way, too"
+    )]
+    fn call_now(
+        &self,
+        machine: &impl Machine,
+        op: u32,
+        a: u32,
+        b: u32,
+        c: u32,
+        d: u32,
+        number: CallNumber,
+    ) {
         self.flush(machine);
-        self.expect(machine, number, arguments[0], machine.hypercall(op, arguments));
+        self.expect(machine, number, a, machine.hypercall(op, [a, b, c, d]));
     }
 
     /// One call more waits, of this number. A full array goes over.

@@ -16,10 +16,12 @@
 
 use crate::granted::{DISTANCE, entries, granted};
 use core::arch::{asm, global_asm, naked_asm};
+use core::cell::Cell;
 use core::mem::{MaybeUninit, offset_of};
+use core::ptr::{with_exposed_provenance, with_exposed_provenance_mut};
 use vmi_abi::flags::LazyMode;
-use vmi_abi::{CALLS_3_0, for_each_call, number};
-use vmi_hv_backend::reference::interface::{BATCH_LIMIT, GRANT_SIGNATURE};
+use vmi_abi::{CALLS_3_0, CallNumber, for_each_call, number};
+use vmi_hv_backend::reference::interface::{BATCH_LIMIT, GRANT_SIGNATURE, PHYSICAL};
 use vmi_hv_backend::reference::{Reference, cpuid};
 use vmi_hv_backend::{Backend, Queue, Role, Update, detect};
 use vmi_native_backend::calls as native;
@@ -40,6 +42,8 @@ struct State {
     chosen: u32,
     /// What waits for it.
     queue: Queue<{ BATCH_LIMIT as usize }>,
+    /// Where the guest has its memory mapped for good.
+    direct: Direct,
     /// The backend, if one is chosen.
     transport: MaybeUninit<Transport>,
 }
@@ -55,6 +59,24 @@ const _: () = assert!(size_of::<State>() <= Reference::LIMIT as usize);
 const MEMORY: u32 = Reference::MEMORY;
 #[cfg(feature = "xen")]
 use vmi_hv_backend::xen::MEMORY;
+
+/// Linear addresses at which the guest maps physical memory and never anything else: slot 0 of SetLinearMapping. None before it says
+/// so, and none where nothing may be told late.
+#[repr(C)]
+struct Direct {
+    start: Cell<u32>,
+    bytes: Cell<u32>,
+    physical: Cell<u32>,
+}
+
+impl Direct {
+    /// The physical address of what is mapped there.
+    #[inline(always)]
+    fn physical(&self, linear: u32) -> Option<u32> {
+        let offset = linear.wrapping_sub(self.start.get());
+        (offset < self.bytes.get()).then(|| self.physical.get().wrapping_add(offset))
+    }
+}
 
 const _: () = assert!(MEMORY >= Reference::MEMORY);
 
@@ -110,48 +132,88 @@ extern "fastcall" fn choose(state: *mut State) {
     }
 }
 
+/// What is at hand once a backend is chosen.
+struct Chosen {
+    transport: &'static Transport,
+    queue: &'static Queue<{ BATCH_LIMIT as usize }>,
+    direct: &'static Direct,
+}
+
 /// The state of a backend that is chosen.
 ///
 /// # Safety
 ///
 /// A backend is chosen.
 #[inline(always)]
-unsafe fn chosen() -> (&'static Transport, &'static Queue<{ BATCH_LIMIT as usize }>) {
+unsafe fn chosen() -> Chosen {
     let state: *const State = granted();
     // SAFETY: the state of a backend that is chosen.
-    unsafe { ((*state).transport.assume_init_ref(), &(*state).queue) }
+    unsafe {
+        Chosen {
+            transport: (*state).transport.assume_init_ref(),
+            queue: &(*state).queue,
+            direct: &(*state).direct,
+        }
+    }
+}
+
+impl Chosen {
+    /// Hands an update to the queue. Interrupts are off.
+    #[inline(always)]
+    fn submit(&self, update: Update) {
+        // Before a call of its own the compiler would find the global offset table, of which there is none.
+        // SAFETY: `flush` takes no arguments, and keeps what this declares.
+        self.queue.submit_uninterrupted(self.transport, update, || unsafe {
+            asm!("call {}", sym flush, clobber_abi("fastcall"));
+        });
+    }
 }
 
 /// Hands an update to the queue. Interrupts are off.
 #[inline(always)]
 fn submit(update: Update) {
     // SAFETY: `get_reloc` gives an entry away only when a backend is chosen.
-    let (transport, queue) = unsafe { chosen() };
-    // Before a call of its own the compiler would find the global offset table, of which there is none.
-    // SAFETY: `flush` takes no arguments, and keeps what this declares.
-    queue.submit_uninterrupted(transport, update, || unsafe {
-        asm!("call {}", sym flush, clobber_abi("fastcall"));
-    });
+    unsafe { chosen() }.submit(update);
+}
+
+/// Tells of a change of an entry. What may be told late is stored here, and else by the hypervisor. Interrupts are off.
+///
+/// `value`: the lower half of a new value; `told`: the call that tells of one.
+#[inline(always)]
+fn change(update: Update, value: u32, told: CallNumber, store: impl FnOnce()) {
+    // SAFETY: as in `submit`.
+    let chosen = unsafe { chosen() };
+    let Update { address, flags, .. } = update;
+    if let Some(address) = chosen.direct.physical(address) {
+        store();
+        let update = Update { call: told, address, low: 0, high: 0, flags: PHYSICAL };
+        // SAFETY: as in `Chosen::submit`.
+        chosen.queue.submit_late(chosen.transport, update, (value, flags), || unsafe {
+            asm!("call {}", sym flush, clobber_abi("fastcall"));
+        });
+    } else {
+        chosen.submit(Update { flags: Reference::entry_flags(flags), ..update });
+    }
 }
 
 /// Has everything that waits done, and then this, uninterrupted.
 #[inline(always)]
 fn flushed<R>(effect: impl FnOnce() -> R) -> R {
     // SAFETY: as above.
-    let (transport, queue) = unsafe { chosen() };
+    let Chosen { transport, queue, .. } = unsafe { chosen() };
     queue.flushed(transport, effect)
 }
 
 /// Defines entries of calls that are updates: before the section with interrupts off what may fault, in it what brings the
-/// arguments to their places, and the function that makes an update of them.
+/// arguments to their places, and the function that makes an update of them and submits it.
 macro_rules! updates {
     ($(
         $(#[$attribute:meta])*
-        $name:ident { $($before:literal)?; $($assembly:literal),+ } $function:ident($($argument:ident),*) $update:block
+        $name:ident { $($before:literal)?; $($assembly:literal),+ } $function:ident($($argument:ident),*) $body:block
     )*) => { entries! { $(
         $(#[$attribute])*
         $name { $($before,)? "pushfl", "cli", $($assembly,)+ "call {function}", "popfl", "retl" }
-        $function($($argument),*) { submit($update) }
+        $function($($argument),*) $body
     )* } };
 }
 
@@ -160,42 +222,56 @@ updates! {
     ///
     /// An entry that is not mapped is a page fault of the guest's, here and not when the update's turn comes. So below.
     SetPxE { "testb %al, (%edx)"; "pushl %eax" }
-    set_entry(flags, entry, value) { Update::SetPxE(value, entry, Reference::entry_flags(flags)) }
+    set_entry(flags, entry, value) {
+        change(Update::SetPxE(value, entry, flags), value, number::UpdatePxE, || {
+            // SAFETY: what the guest asks for. Nobody walks its tables now.
+            unsafe { store(entry, value) };
+        });
+    }
 
     /// EDX:EAX value, ECX entry, stack flags.
     SetPxELong { "testb %al, (%ecx)"; "pushl 8(%esp)", "pushl %eax" }
     set_long_entry(entry, high, low, flags) {
         let value = u64::from(high) << 32 | u64::from(low);
-        Update::SetPxELong(value, entry, Reference::entry_flags(flags))
+        change(Update::SetPxELong(value, entry, flags), low, number::UpdatePxELong, || {
+            // SAFETY: as above. The higher halves differ where NX does, or one is empty; else there is but one half to store.
+            unsafe {
+                if load(entry + 4) == high { store(entry, low) } else { store_long(entry, low, high) }
+            }
+        });
     }
 
     /// EAX entry, EDX flags.
     UpdatePxE { "testb %al, (%eax)"; "movl %eax, %ecx" }
-    update_entry(entry, flags) { Update::UpdatePxE(entry, Reference::entry_flags(flags)) }
+    update_entry(entry, flags) {
+        change(Update::UpdatePxE(entry, flags), 0, number::UpdatePxE, || ());
+    }
 
     /// EAX entry, EDX flags.
     UpdatePxELong { "testb %al, (%eax)"; "movl %eax, %ecx" }
-    update_long_entry(entry, flags) { Update::UpdatePxELong(entry, Reference::entry_flags(flags)) }
+    update_long_entry(entry, flags) {
+        change(Update::UpdatePxELong(entry, flags), 0, number::UpdatePxELong, || ());
+    }
 
     /// EAX frame, EDX flags, ECX source of a clone, on the stack where and how many: the guest has copied them.
     AllocatePage { ; "movl %eax, %ecx" }
-    allocate_page(frame, flags) { Update::AllocatePage(frame, flags) }
+    allocate_page(frame, flags) { submit(Update::AllocatePage(frame, flags)) }
 
     /// EAX frame, EDX flags.
     ReleasePage { ; "movl %eax, %ecx" }
-    release_page(frame, flags) { Update::ReleasePage(frame, flags) }
+    release_page(frame, flags) { submit(Update::ReleasePage(frame, flags)) }
 
     /// EAX linear address.
     InvalPage { ; "movl %eax, %ecx" }
-    invalidate(address) { Update::InvalPage(address) }
+    invalidate(address) { submit(Update::InvalPage(address)) }
 
     /// EAX flags.
     FlushTLB { ; "movl %eax, %ecx" }
-    flush_translations(flags) { Update::FlushTLB(flags) }
+    flush_translations(flags) { submit(Update::FlushTLB(flags)) }
 
     /// EAX value.
     SetCR3 { ; "movl %eax, %ecx" }
-    set_cr3(value) { Update::SetCR3(value) }
+    set_cr3(value) { submit(Update::SetCR3(value)) }
 }
 
 entries! {
@@ -203,9 +279,26 @@ entries! {
     SetLazyMode { "movl %eax, %ecx", "jmp {function}" }
     set_lazy_mode(mode) {
         // SAFETY: as above.
-        let (transport, queue) = unsafe { chosen() };
+        let Chosen { transport, queue, .. } = unsafe { chosen() };
         let Transport::Reference(reference) = transport;
         queue.set_lazy_mode(transport, reference.lazy_mode(LazyMode(mode)));
+    }
+
+    /// EAX slot, EDX linear address, ECX pages, on the stack the first page's frame.
+    SetLinearMapping { "pushl 4(%esp)", "pushl %ecx", "movl %eax, %ecx", "call {function}", "retl" }
+    set_linear_mapping(slot, linear, pages, frame) {
+        // SAFETY: as above.
+        let Chosen { transport, queue, direct } = unsafe { chosen() };
+        let Transport::Reference(reference) = transport;
+        queue.flushed(transport, || {
+            // A guest that names nothing is one that does not know yet.
+            if slot == 0 && pages != 0 && reference.may_be_late() {
+                direct.start.set(linear);
+                direct.bytes.set(pages.min(u32::MAX / PAGE) * PAGE);
+                direct.physical.set(frame.wrapping_mul(PAGE));
+                queue.tell_late();
+            }
+        });
     }
 
     /// EAX value.
@@ -231,12 +324,15 @@ entries! {
     /// -> EAX.
     GetCR2 { "jmp {function}" }
     get_cr2() -> u32 {
-        flushed(|| {
+        // SAFETY: as above.
+        let Chosen { transport, queue, .. } = unsafe { chosen() };
+        let read = || {
             let value;
             // SAFETY: reading the register changes nothing.
             unsafe { asm!("movl %cr2, {}", out(reg) value, options(att_syntax)) };
             value
-        })
+        };
+        if queue.matters_to_faults() { queue.flushed(transport, read) } else { read() }
     }
 
     /// -> EAX.
@@ -248,6 +344,57 @@ entries! {
             unsafe { asm!("movl %cr3, {}", out(reg) value, options(att_syntax)) };
             value
         })
+    }
+}
+
+/// Bytes of a page.
+const PAGE: u32 = 4096;
+
+/// Reads half of an entry.
+///
+/// # Safety
+///
+/// It is mapped.
+#[inline(always)]
+unsafe fn load(place: u32) -> u32 {
+    // SAFETY: the caller's.
+    unsafe { with_exposed_provenance::<u32>(place as usize).read_volatile() }
+}
+
+/// Stores half of an entry.
+///
+/// # Safety
+///
+/// It is mapped, and the value is what is to be there.
+#[inline(always)]
+unsafe fn store(place: u32, value: u32) {
+    // SAFETY: the caller's.
+    unsafe { with_exposed_provenance_mut::<u32>(place as usize).write_volatile(value) };
+}
+
+/// Stores an entry of 64 bits in one piece: an interrupt that cannot be masked sees the old one or the new one.
+///
+/// # Safety
+///
+/// As for [`store`].
+#[inline(always)]
+unsafe fn store_long(place: u32, low: u32, high: u32) {
+    // SAFETY: the caller's. EBX is put back.
+    unsafe {
+        asm!(
+            "pushl %ebx",
+            "movl %eax, %ebx",
+            "movl (%edi), %eax",
+            "movl 4(%edi), %edx",
+            "2: cmpxchg8b (%edi)",
+            "jne 2b",
+            "popl %ebx",
+            inout("eax") low => _,
+            out("edx") _,
+            in("ecx") high,
+            in("edi") place,
+            options(att_syntax),
+        );
     }
 }
 

@@ -9,7 +9,8 @@ use std::time::Duration;
 use vmi_hv_backend::reference::interface::Counters;
 use xtask::build::Tools;
 use xtask::debian::{self, Flavour};
-use xtask::hypervisor::{self, Mode, Paging};
+use xtask::hypervisor::{self, End, Mode, Paging};
+use xtask::kvm;
 use xtask::linux::{self, Below, Boot, Booted};
 use xtask::qemu::Outcome;
 use xtask::toolchain::Findings;
@@ -92,6 +93,64 @@ fn a_kernel_runs_on_nested_tables_and_hardly_exits() -> Result<()> {
 fn a_kernel_without_vmi_leaves_the_image_alone() -> Result<()> {
     let counters = pass(Flavour::I686, Mode::VmiBatched, Paging::Nested)?;
     ensure!(counters.hypercalls == 0, "{counters:?}");
+    Ok(())
+}
+
+/// What the reference hypervisor is compared with: KVM, with shadow paging too, in QEMU's translator.
+#[test]
+fn the_same_kernel_runs_under_kvm_and_its_exits_are_counted() -> Result<()> {
+    let host = kvm::Host::build(&Findings::gather())?;
+    let kernel = debian::kernel(Flavour::I686)?;
+    let guest = kvm::Guest::tests(&kernel, initramfs()?, Paging::Shadow);
+    let hosted = host.run(&kvm::Guest { append: "-- only=fork", ..guest }, |_| {})?;
+    let run = &hosted.run;
+    ensure!(
+        hosted.passed(),
+        "{}\n{}\n{}\n{}",
+        run.outcome,
+        run.command,
+        run.last_lines(),
+        run.host
+    );
+    let counted = |name: &str| hosted.statistics.get(name).copied().unwrap_or_default();
+    // With nested paging there would be neither.
+    ensure!(counted("mmu_pte_write") > 0 && counted("pf_guest") > 0, "{:?}", hosted.statistics);
+    Ok(())
+}
+
+/// What becomes of a boot whose first program lets the kernel end the machine.
+fn ended_by_kernel(word: &str) -> Result<Booted> {
+    let built = hypervisor::ensure()?;
+    let (mode, paging) = (Mode::Trap, Paging::Nested);
+    let below = Below::Hypervisor { built, rom: None, mode, paging };
+    let kernel = debian::kernel(Flavour::I686)?;
+    let append = format!("-- only=fork end={word}");
+    let mut boot = Boot::tests(&built.emulator, &kernel, initramfs()?, below);
+    (boot.append, boot.marker) = (&append, None);
+    let booted = boot.run(|_| {})?;
+    ensure!(
+        booted.counters.is_some_and(|counters| counters.exits() > 0),
+        "{}",
+        booted.last_lines()
+    );
+    Ok(booted)
+}
+
+/// Whoever brings an initramfs of his own ends with the machine off.
+#[test]
+fn a_machine_that_is_switched_off_has_been_counted() -> Result<()> {
+    let booted = ended_by_kernel("power-off")?;
+    ensure!(booted.end == Some(End::PowerOff), "{:?}\n{}", booted.end, booted.last_lines());
+    ensure!(booted.passed() && booted.complaint().is_none(), "{}", booted.run.outcome);
+    Ok(())
+}
+
+/// A kernel that panics restarts, too.
+#[test]
+fn a_machine_that_is_reset_has_been_counted_and_is_no_pass() -> Result<()> {
+    let booted = ended_by_kernel("restart")?;
+    ensure!(booted.end == Some(End::Reset), "{:?}\n{}", booted.end, booted.last_lines());
+    ensure!(!booted.passed() && booted.complaint().is_some(), "{}", booted.run.outcome);
     Ok(())
 }
 

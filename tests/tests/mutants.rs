@@ -521,7 +521,7 @@ struct BrokenRewriting {
     complaint: &'static str,
 }
 
-const BROKEN_REWRITING: [BrokenRewriting; 7] = [
+const BROKEN_REWRITING: [BrokenRewriting; 14] = [
     BrokenRewriting {
         fault: "leaves the kernel's text writable",
         old: &[0x0f, 0x22, 0xc6, 0x84, 0xdb], // mov cr0, esi; test bl, bl
@@ -552,8 +552,8 @@ const BROKEN_REWRITING: [BrokenRewriting; 7] = [
     },
     BrokenRewriting {
         fault: "forgets the NOP",
-        old: &[0x36, 0xc6, 0x01, 0x90], // mov byte ptr ss:[ecx], 90h
-        new: &[0x90, 0x90, 0x90, 0x90],
+        old: &[0xb2, 0x90, 0x80], // mov dl, 90h; cmp byte ptr
+        new: &[0xb2, 0x66, 0x80],
         processors: 1,
         complaint: "the site became",
     },
@@ -566,8 +566,57 @@ const BROKEN_REWRITING: [BrokenRewriting; 7] = [
     },
     BrokenRewriting {
         fault: "leads a direct call to a wrong place",
-        old: &[0x80, 0x04, 0x0c, 0x0d], // add byte ptr [esp + ecx], 13
-        new: &[0x80, 0x04, 0x0c, 0x0c],
+        old: &[0x80, 0xc2, 0x0d], // add dl, 13
+        new: &[0x80, 0xc2, 0x0c],
+        processors: 4,
+        complaint: "the site became",
+    },
+    BrokenRewriting {
+        fault: "leaves a NOP behind a NOP",
+        old: &[0xb2, 0x66], // mov dl, 66h
+        new: &[0xb2, 0x90],
+        processors: 1,
+        complaint: "the site became",
+    },
+    BrokenRewriting {
+        fault: "takes a MOV for a NOP",
+        old: &[0x3d, 0x66, 0x66, 0x00, 0x00], // cmp eax, 6666h
+        new: &[0x3d, 0x66, 0x89, 0x00, 0x00],
+        processors: 4,
+        complaint: "the site became",
+    },
+    BrokenRewriting {
+        fault: "reads what lies behind the page",
+        old: &[0xa9, 0xfe, 0x0f, 0x00, 0x00], // test eax, 0ffeh
+        new: &[0xa9, 0xfe, 0x1f, 0x00, 0x00],
+        processors: 4,
+        complaint: "the site became",
+    },
+    BrokenRewriting {
+        fault: "changes two words for the sake of a MOV",
+        old: &[0xf6, 0xc3, 0x07], // test bl, 7
+        new: &[0xf6, 0xc3, 0xff],
+        processors: 4,
+        complaint: "the site became",
+    },
+    BrokenRewriting {
+        fault: "forgets the second byte of a MOV",
+        old: &[0x30, 0xe6], // xor dh, ah
+        new: &[0xb6, 0x00], // mov dh, 0
+        processors: 4,
+        complaint: "the site became",
+    },
+    BrokenRewriting {
+        fault: "makes the call a NOP before CLI stands behind it",
+        old: &[0x38, 0xd0, 0x74], // cmp al, dl; je
+        new: &[0x38, 0xd0, 0x75],
+        processors: 4,
+        complaint: "IF is",
+    },
+    BrokenRewriting {
+        fault: "makes another instruction of the call",
+        old: &[0xb0, 0xe8, 0xb2, 0x41], // mov al, 0e8h; mov dl, 0e8h ^ 0a9h
+        new: &[0xb0, 0xe8, 0xb2, 0x40],
         processors: 4,
         complaint: "the site became",
     },

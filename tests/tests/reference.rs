@@ -9,7 +9,7 @@ use vmi_abi::header::{RomHeader, checksum};
 use vmi_abi::{CALLS_3_0, CallNumber, REVISION_3_0, RelocationType, STACK_LIMIT, number, probe};
 use vmi_hv_backend::reference::interface::{
     BASE, BATCH_LIMIT, Features, GRANT_OFFSET, GRANT_SIGNATURE, Grant, Hypercall, LEAF_GRANT,
-    LEAF_INTERFACE, SIGNATURE, Status, VERSION,
+    LEAF_INTERFACE, PHYSICAL, SIGNATURE, Status, VERSION,
 };
 use vmi_hv_backend::reference::{Reference, Unfit};
 use vmi_hv_backend::{ATTEMPTS, Update};
@@ -23,7 +23,10 @@ use xtask::inspect::{self, HIGH_BASE, Rom, verify};
 const LIMIT: usize = 16 * 1024;
 
 /// Instructions that an update which waits may take in the ROM, from its entry to its return.
-const WAITING_LIMIT: u64 = 40;
+const WAITING_LIMIT: u64 = 42;
+
+/// The same for one that is told late: it is stored as well.
+const LATE_LIMIT: u64 = 52;
 
 /// Instructions that `get_reloc` may take: ten more than in the native image.
 const GET_RELOC_LIMIT: u64 = 34;
@@ -111,6 +114,8 @@ const DONE: Answers = |_, made| (Status::Done as i32, made.count);
 struct Guest {
     image: Vec<u8>,
     page: Vec<u8>,
+    /// The page at [`TABLE`].
+    table: Vec<u8>,
     leaves: BTreeMap<u32, [u32; 4]>,
     answers: Answers,
     made: Vec<Made>,
@@ -133,6 +138,7 @@ impl Guest {
         Ok(Self {
             image: placed(PAGE - IMAGE)?,
             page: vec![0; Reference::MEMORY as usize],
+            table: vec![0; 4096],
             leaves,
             answers: DONE,
             made: Vec::new(),
@@ -230,7 +236,8 @@ impl Guest {
         }
         let page =
             Region { name: "grant", base: alias + PAGE, bytes: self.page.clone(), writable: true };
-        let table = Region { name: "table", base: TABLE, bytes: vec![0; 4096], writable: true };
+        let table =
+            Region { name: "table", base: TABLE, bytes: self.table.clone(), writable: true };
         let code = Code::new(&self.image, 10_000_000);
         let memory = Memory::new(&self.image, alias + IMAGE, vec![stack, page, table]);
         let mut machine = Machine::new(&code, memory, registers, random);
@@ -264,6 +271,7 @@ impl Guest {
             control: system.control,
         };
         self.page = memory.regions[1].bytes.clone();
+        self.table = memory.regions[2].bytes.clone();
         let said = system.console.as_ref().context("no console")?.1.clone();
         self.said.push_str(&String::from_utf8(said)?);
         if stop == Stop::Left {
@@ -542,6 +550,131 @@ fn outside_of_the_lazy_modes_and_without_batches_nothing_waits() -> Result<()> {
         guest.lazy(mode)?;
         guest.done(number::SetPxE, [0x1067, TABLE, defer], &[])?;
         assert_eq!(guest.batches(), [[Update::SetPxE(0x1067, TABLE, 1)]], "{features:?}");
+    }
+    Ok(())
+}
+
+/// A guest that has told where its memory is mapped, on a hypervisor that may be told late.
+fn told_late(start: u32) -> Result<Guest> {
+    let mut guest = Guest::new(BOTH | Features::LATE)?;
+    guest.done(number::SetLinearMapping, [0, start, 0x3_8000], &[0])?;
+    Ok(guest)
+}
+
+#[test]
+fn what_is_told_late_is_in_memory_at_once() -> Result<()> {
+    let mut guest = told_late(ALIASES[1])?;
+    let mut most = 0;
+    for (call, arguments, words, stored) in [
+        (number::SetPxE, [0x1067, TABLE, 1], &[][..], [0x1067, 0]),
+        (number::SetPxE, [0, TABLE, 0x11], &[], [0, 0]),
+        (number::SetPxELong, [0x1067, 7, TABLE], &[1], [0x1067, 7]),
+        (number::SetPxELong, [0x2067, 7, TABLE], &[1], [0x2067, 7]),
+        (number::SetPxELong, [0, 0, TABLE], &[0x11], [0, 0]),
+        (number::UpdatePxE, [TABLE, 0x11, 9], &[], [0, 0]),
+        (number::UpdatePxELong, [TABLE, 0x11, 9], &[], [0, 0]),
+    ] {
+        for mode in [LazyMode::MMU, LazyMode::OFF] {
+            guest.lazy(mode)?;
+            let outcome = guest.done(call, arguments, words)?;
+            println!("call {} told late: {} instructions", call.0, outcome.instructions);
+            most = most.max(outcome.instructions);
+            assert_eq!([0, 4].map(|at| word(&guest.table, at)), stored, "call {}", call.0);
+        }
+        guest.done(number::GetCR2, [0; 3], &[])?;
+        assert!(guest.made.is_empty(), "call {} does not wait", call.0);
+        guest.done(number::FlushTLB, [1, 0, 0], &[])?;
+        let told = match call {
+            number::SetPxE | number::UpdatePxE => Update::UpdatePxE(TABLE - ALIASES[1], PHYSICAL),
+            _ => Update::UpdatePxELong(TABLE - ALIASES[1], PHYSICAL),
+        };
+        // Twice in a row is once.
+        assert_eq!(guest.batches(), [[told, Update::FlushTLB(1)]], "call {}", call.0);
+    }
+    assert!(most <= LATE_LIMIT, "{most}");
+    Ok(())
+}
+
+#[test]
+fn frames_become_tables_late_and_not_before_they_stopped_being_some() -> Result<()> {
+    let mut guest = told_late(ALIASES[1])?;
+    let pages = |guest: &mut Guest, frames: &[(CallNumber, u32)]| {
+        frames
+            .iter()
+            .try_for_each(|(call, frame)| guest.done(*call, [*frame, 1, 0], &[0, 0]).map(drop))
+    };
+    let (allocate, release) = (number::AllocatePage, number::ReleasePage);
+    pages(&mut guest, &[(allocate, 5), (release, 6), (release, 5), (allocate, 7)])?;
+    assert!(guest.batches().is_empty());
+    pages(&mut guest, &[(allocate, 5)])?;
+    let told = [
+        Update::AllocatePage(5, 1),
+        Update::ReleasePage(6, 1),
+        Update::ReleasePage(5, 1),
+        Update::AllocatePage(7, 1),
+        Update::AllocatePage(5, 1),
+    ];
+    assert_eq!(guest.batches(), [told]);
+    pages(&mut guest, &[(allocate, 6)])?;
+    assert!(guest.batches().is_empty());
+    Ok(())
+}
+
+#[test]
+fn a_page_that_is_about_to_be_used_is_told_at_once() -> Result<()> {
+    let used_now = EntryFlags::CURRENT_AS.bits() | 1;
+    let mut guest = told_late(ALIASES[1])?;
+    guest.done(number::AllocatePage, [5, 1, 0], &[0, 0])?;
+    guest.done(number::SetPxE, [0x1067, TABLE, used_now], &[])?;
+    let told = Update::UpdatePxE(TABLE - ALIASES[1], PHYSICAL);
+    assert_eq!(guest.batches(), [[Update::AllocatePage(5, 1), told]]);
+    // In a lazy mode it waits.
+    guest.lazy(LazyMode::MMU)?;
+    guest.done(number::SetPxE, [0x1067, TABLE, used_now], &[])?;
+    guest.lazy(LazyMode::OFF)?;
+    assert!(guest.batches().is_empty());
+    Ok(())
+}
+
+#[test]
+fn told_late_the_load_of_cr3_takes_all_along() -> Result<()> {
+    let mut guest = told_late(ALIASES[1])?;
+    guest.set_entry(0)?;
+    guest.lazy(LazyMode::CPU)?;
+    guest.done(number::SetCR3, [0x5000, 0, 0], &[])?;
+    assert!(guest.batches().is_empty());
+    let mut other = told_late(ALIASES[1])?;
+    (other.page, other.table) = (guest.page.clone(), guest.table.clone());
+    let told = [Update::UpdatePxE(TABLE - ALIASES[1], PHYSICAL), Update::SetCR3(0x5000)];
+    // Leaving the mode loads it, and so does a look at a page fault.
+    guest.lazy(LazyMode::OFF)?;
+    assert_eq!(guest.batches(), [told]);
+    other.done(number::GetCR2, [0; 3], &[])?;
+    assert_eq!(other.batches(), [told]);
+    Ok(())
+}
+
+#[test]
+fn what_is_not_known_to_be_memory_is_told_at_once() -> Result<()> {
+    let set = [Update::SetPxE(0x1067, TABLE, 1)];
+    for (features, slot, start, pages) in [
+        (BOTH | Features::LATE, 0, TABLE + 0x1000, 0x100),
+        (BOTH | Features::LATE, 0, ALIASES[1], 0),
+        (BOTH | Features::LATE, 1, ALIASES[1], 0x100),
+        (BOTH, 0, ALIASES[1], 0x100),
+    ] {
+        let mut guest = Guest::new(features)?;
+        guest.done(number::SetLinearMapping, [slot, start, pages], &[0])?;
+        guest.set_entry(0)?;
+        assert_eq!(guest.batches(), [set]);
+        // Where nothing is told late the lazy mode holds it back.
+        guest.lazy(LazyMode::MMU)?;
+        guest.set_entry(0)?;
+        let is_late = features.contains(Features::LATE) && slot == 0 && pages != 0;
+        assert_eq!(guest.batches().is_empty(), !is_late);
+        guest.lazy(LazyMode::OFF)?;
+        assert_eq!(guest.batches().is_empty(), is_late);
+        assert_eq!(word(&guest.table, 0), 0, "stored by the hypervisor");
     }
     Ok(())
 }

@@ -25,6 +25,9 @@ const TARGET: &str = "targets/i686-unknown-none.json";
 /// The target's name as Cargo derives it from the description's.
 const TARGET_NAME: &str = "i686-unknown-none";
 
+/// The target of programs for a Linux host in QEMU.
+const STATIC_TARGET: &str = "x86_64-unknown-linux-gnu";
+
 /// The hypervisor's target, one of the compiler's own: without SSE, whose registers belong to the guest.
 const LONG_MODE_TARGET: &str = "x86_64-unknown-none";
 
@@ -297,6 +300,25 @@ pub(crate) fn kernel(tools: &Tools, package: &str, path: &Path, links: &[Link]) 
     write(path, &read(&output_path(package))?)
 }
 
+/// Builds a program for Linux on this machine's processor, without shared libraries: what is to be the first one of a host.
+///
+/// # Errors
+///
+/// It does not compile.
+pub(crate) fn static_program(tools: &Tools, package: &str, path: &Path) -> Result<()> {
+    let progress = Progress::start(format!("building {}", shown(path)));
+    let _lock = lock()?;
+    let mut cargo = own_cargo(tools, "build");
+    cargo
+        .args(["--locked", "--release", "--package", package])
+        // With a target of its own the flags are the program's alone, and not those of build scripts.
+        .args(["--target", STATIC_TARGET, "--target-dir"])
+        .arg(target_folder())
+        .env("CARGO_ENCODED_RUSTFLAGS", "-Ctarget-feature=+crt-static");
+    run(&mut cargo, &progress)?;
+    write(path, &read(&target_folder().join(STATIC_TARGET).join("release").join(package))?)
+}
+
 /// The lints of image, guest and hypervisor on their own targets, warnings denied. The compiler must have clippy.
 pub(crate) fn bare_clippy(tools: &Tools) -> [Command; 2] {
     bare(tools, "clippy").map(|mut cargo| {
@@ -420,6 +442,24 @@ fn long_mode_cargo(tools: &Tools, verb: &str) -> Command {
     bare_cargo(tools, verb, target.as_ref(), target, "core,alloc,compiler_builtins", &flags)
 }
 
+/// The chosen compiler's Cargo, without what the user's environment says to another one.
+fn own_cargo(tools: &Tools, verb: &str) -> Command {
+    let mut cargo = Command::new(&tools.compiler.cargo);
+    cargo.current_dir(crate::workspace());
+    for (name, _) in std::env::vars_os() {
+        if is_foreign(&name) {
+            cargo.env_remove(name);
+        }
+    }
+    cargo
+        .arg(verb)
+        .env("RUSTC", &tools.compiler.rustc)
+        // Empty, not absent: a wrapper in the user's configuration is left out too.
+        .env("RUSTC_WRAPPER", "")
+        .env("RUSTC_WORKSPACE_WRAPPER", "");
+    cargo
+}
+
 /// A Cargo for one target, with a library of its own.
 fn bare_cargo(
     tools: &Tools,
@@ -429,16 +469,9 @@ fn bare_cargo(
     library: &str,
     flags: &[String],
 ) -> Command {
-    let Tools { compiler, linker } = tools;
-    let mut cargo = Command::new(&compiler.cargo);
-    cargo.current_dir(crate::workspace());
-    for (name, _) in std::env::vars_os() {
-        if is_foreign(&name) {
-            cargo.env_remove(name);
-        }
-    }
+    let linker = &tools.linker;
+    let mut cargo = own_cargo(tools, verb);
     cargo
-        .arg(verb)
         .arg("--locked")
         .arg("--target")
         .arg(target)
@@ -447,10 +480,6 @@ fn bare_cargo(
         .arg(format!("-Zbuild-std={library}"))
         // `-Z` on a stable compiler. The flags are few, and each is tested by the image's own checks.
         .env("RUSTC_BOOTSTRAP", "1")
-        .env("RUSTC", &compiler.rustc)
-        // Empty, not absent: a wrapper in the user's configuration is left out too.
-        .env("RUSTC_WRAPPER", "")
-        .env("RUSTC_WORKSPACE_WRAPPER", "")
         .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\u{1f}"))
         .env(
             format!("CARGO_TARGET_{}_LINKER", name.to_uppercase().replace('-', "_")),

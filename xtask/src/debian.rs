@@ -1,4 +1,4 @@
-//! What is Debian's: its 32-bit kernels, taken out of their packages and never installed, and sources of packages.
+//! What is Debian's: kernels for guests and for KVM, taken out of their packages and never installed, and sources of packages.
 //!
 //! apt's tools work on lists and a status of their own below `target/`: the system's sources and lists are read and not touched, and no
 //! privilege is needed. What comes is checked by apt against Debian's signatures.
@@ -12,20 +12,42 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// A kernel of Debian's for 32-bit processors.
+/// A kernel of Debian's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Flavour {
-    /// Two levels of page tables.
+    /// For 32-bit processors, with two levels of page tables.
     #[value(name = "686")]
     I686,
-    /// Three levels, the physical address extension.
+    /// For 32-bit processors, with three levels, the physical address extension.
     #[value(name = "686-pae")]
     I686Pae,
+    /// For 64-bit virtual machines: the host of [`crate::kvm`].
+    #[value(name = "cloud-amd64")]
+    CloudAmd64,
 }
 
+/// What is taken of a package.
+struct Member {
+    /// How its path begins.
+    start: &'static str,
+    /// How its path ends.
+    end: String,
+    /// Its name from then on.
+    name: &'static str,
+}
+
+/// A kernel's name from then on.
+const KERNEL: &str = "bzImage";
+
+/// KVM's modules, in the order in which they are loaded.
+pub const KVM_MODULES: [&str; 3] = ["irqbypass.ko", "kvm.ko", "kvm-amd.ko"];
+
 impl Flavour {
-    /// Each of them.
-    pub const ALL: [Self; 2] = [Self::I686, Self::I686Pae];
+    /// Those for guests.
+    pub const GUESTS: [Self; 2] = [Self::I686, Self::I686Pae];
+
+    /// All that the tests boot.
+    pub const ALL: [Self; 3] = [Self::I686, Self::I686Pae, Self::CloudAmd64];
 
     /// As in the names of packages.
     #[must_use]
@@ -33,30 +55,78 @@ impl Flavour {
         match self {
             Self::I686 => "686",
             Self::I686Pae => "686-pae",
+            Self::CloudAmd64 => "cloud-amd64",
+        }
+    }
+
+    /// Debian's architecture.
+    const fn architecture(self) -> &'static str {
+        match self {
+            Self::I686 | Self::I686Pae => "i386",
+            Self::CloudAmd64 => "amd64",
+        }
+    }
+
+    /// The option of `setup` that gets it.
+    const fn option(self) -> &'static str {
+        match self {
+            Self::I686 | Self::I686Pae => "--linux",
+            Self::CloudAmd64 => "--kvm",
         }
     }
 
     /// Where the kernel lands.
     #[must_use]
     pub fn path(self) -> PathBuf {
-        folder().join(self.name()).join("bzImage")
+        self.file(KERNEL)
+    }
+
+    /// Where a file of the package lands.
+    fn file(self, name: &str) -> PathBuf {
+        folder().join(self.name()).join(name)
+    }
+
+    /// What is taken of its package.
+    fn members(self) -> Vec<Member> {
+        let modules: &[&str] = if self == Self::CloudAmd64 { &KVM_MODULES } else { &[] };
+        let module =
+            |name: &&'static str| Member { start: "lib/modules/", end: format!("/{name}"), name };
+        let kernel = Member { start: "boot/vmlinuz-", end: String::new(), name: KERNEL };
+        [kernel].into_iter().chain(modules.iter().map(module)).collect()
+    }
+
+    fn is_there(self) -> bool {
+        self.members().iter().all(|member| self.file(member.name).is_file())
     }
 }
 
-/// What `setup --linux` gets.
+/// Where kernels land.
 fn folder() -> PathBuf {
     crate::workspace().join("target/linux")
 }
 
-/// The kernels, if they were fetched.
+/// A kernel, if it was fetched.
 ///
 /// # Errors
 ///
-/// One is missing; the error says how to get it.
+/// It is missing; the error says how to get it.
 pub fn kernel(flavour: Flavour) -> Result<PathBuf> {
-    let path = flavour.path();
+    file(flavour, KERNEL)
+}
+
+/// A file of a kernel's package, if it was fetched.
+///
+/// # Errors
+///
+/// It is missing; the error says how to get it.
+pub fn file(flavour: Flavour, name: &str) -> Result<PathBuf> {
+    let path = flavour.file(name);
     if !path.is_file() {
-        bail!("{} is missing; `cargo xtask setup --linux` gets it", build::shown(&path));
+        bail!(
+            "{} is missing; `cargo xtask setup {}` gets it",
+            build::shown(&path),
+            flavour.option()
+        );
     }
     Ok(path)
 }
@@ -66,47 +136,60 @@ pub fn kernel(flavour: Flavour) -> Result<PathBuf> {
 /// # Errors
 ///
 /// There is no apt, it knows no source of Debian's, or the network does not answer.
-pub fn fetch() -> Result<()> {
-    let missing: Vec<Flavour> =
-        Flavour::ALL.into_iter().filter(|flavour| !flavour.path().is_file()).collect();
-    if missing.is_empty() {
-        return Ok(());
+pub fn fetch(flavours: &[Flavour]) -> Result<()> {
+    for flavour in flavours.iter().filter(|flavour| !flavour.is_there()) {
+        flavour.fetch().with_context(|| {
+            let names: Vec<String> = flavour
+                .members()
+                .iter()
+                .map(|member| build::shown(&flavour.file(member.name)).to_string())
+                .collect();
+            format!(
+                "Debian's kernel {name} cannot be fetched; by hand: out of the package linux-image-{name} of Debian bookworm for {}, put \
+                 vmlinuz and what else is named here at {}",
+                flavour.architecture(),
+                names.join(", "),
+                name = flavour.name(),
+            )
+        })?;
     }
-    for program in ["apt-get", "apt-cache", "dpkg-deb"] {
-        if find_program(program).is_none() {
-            bail!(
-                "Debian's kernels are fetched with apt, and there is no {program}; take vmlinuz out of the packages linux-image-686 and \
-                 linux-image-686-pae of Debian bookworm by hand, and put them at {} and {}",
-                build::shown(&Flavour::I686.path()),
-                build::shown(&Flavour::I686Pae.path())
-            );
+    Ok(())
+}
+
+impl Flavour {
+    /// Gets its package, and takes out what is wanted.
+    fn fetch(self) -> Result<()> {
+        if find_program("dpkg-deb").is_none() {
+            bail!("there is no dpkg-deb");
         }
-    }
-    let apt = Apt::new(&folder().join("apt"), Kind::Packages)?;
-    let progress = Progress::start("reading Debian's package lists".to_owned());
-    let updated = apt.update();
-    drop(progress);
-    for flavour in missing {
-        let _progress = Progress::start(format!("fetching Debian's kernel {}", flavour.name()));
-        let package = match (apt.package(flavour), &updated) {
+        let architecture = self.architecture();
+        let apt = Apt::new(&folder().join("apt").join(architecture), Kind::Packages(architecture))?;
+        let progress = Progress::start("reading Debian's package lists".to_owned());
+        let updated = apt.update();
+        drop(progress);
+        let _progress = Progress::start(format!("fetching Debian's kernel {}", self.name()));
+        let package = match (apt.package(self), &updated) {
             (Ok(package), _) => package,
             (Err(_), Err(reason)) => bail!("Debian's package lists cannot be read: {reason}"),
             (Err(error), Ok(())) => return Err(error),
         };
         let file = apt.download(&package)?;
-        let kernel = vmlinuz(&file).with_context(|| format!("cannot unpack {}", file.display()))?;
-        build::write(&flavour.path(), &kernel)?;
+        let members = self.members();
+        let found =
+            unpack(&file, &members).with_context(|| format!("cannot unpack {}", file.display()))?;
+        for (member, bytes) in members.iter().zip(found) {
+            build::write(&self.file(member.name), &bytes)?;
+        }
         // A hundred megabytes of modules that nobody needs.
-        fs::remove_file(&file).with_context(|| format!("cannot remove {}", file.display()))?;
+        fs::remove_file(&file).with_context(|| format!("cannot remove {}", file.display()))
     }
-    Ok(())
 }
 
 /// What apt is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// Packages for 32-bit processors.
-    Packages,
+    /// Packages for an architecture.
+    Packages(&'static str),
     /// Sources of packages.
     Sources,
 }
@@ -115,7 +198,7 @@ impl Kind {
     /// As in the lists of sources.
     const fn name(self) -> &'static str {
         match self {
-            Self::Packages => "deb",
+            Self::Packages(_) => "deb",
             Self::Sources => "deb-src",
         }
     }
@@ -188,9 +271,8 @@ impl Apt {
         let name = format!("linux-image-{}", flavour.name());
         let text = output(self.command("apt-cache").args(["depends", &name]))
             .map_err(anyhow::Error::msg)
-            .with_context(|| format!("Debian's sources have no package {name} for i386"))?;
-        dependency(&text)
-            .with_context(|| format!("the package {name} for i386 names no kernel:\n{text}"))
+            .with_context(|| format!("Debian's sources have no package {name}"))?;
+        dependency(&text).with_context(|| format!("the package {name} names no kernel:\n{text}"))
     }
 
     /// Its file.
@@ -225,8 +307,10 @@ fn debian_source(kind: Kind) -> String {
 fn configuration(folder: &Path, kind: Kind) -> String {
     let place = |name: &str| folder.join(name).display().to_string();
     let architecture = match kind {
-        Kind::Packages => "APT::Architecture \"i386\";\nAPT::Architectures { \"i386\"; };\n",
-        Kind::Sources => "",
+        Kind::Packages(name) => {
+            format!("APT::Architecture \"{name}\";\nAPT::Architectures {{ \"{name}\"; }};\n")
+        }
+        Kind::Sources => String::new(),
     };
     format!(
         "{architecture}\
@@ -323,8 +407,8 @@ fn dependency(text: &str) -> Option<String> {
     name.starts_with("linux-image-").then(|| name.to_owned())
 }
 
-/// The kernel in a package.
-fn vmlinuz(package: &Path) -> Result<Vec<u8>> {
+/// What is wanted of a package, in that order.
+fn unpack(package: &Path, wanted: &[Member]) -> Result<Vec<Vec<u8>>> {
     let mut unpack = Command::new("dpkg-deb")
         .arg("--fsys-tarfile")
         .arg(package)
@@ -333,29 +417,36 @@ fn vmlinuz(package: &Path) -> Result<Vec<u8>> {
         .stderr(Stdio::null())
         .spawn()
         .context("dpkg-deb does not start")?;
-    let kernel = match unpack.stdout.take() {
-        Some(pipe) => member(pipe, "boot/vmlinuz-")?,
-        None => None,
+    let found = match unpack.stdout.take() {
+        Some(pipe) => members(pipe, wanted)?,
+        None => Vec::new(),
     };
     let status = unpack.wait().context("cannot wait for dpkg-deb")?;
     if !status.success() {
         bail!("dpkg-deb: {status}");
     }
-    kernel.context("there is no boot/vmlinuz in it")
+    let there = |(member, bytes): (&Member, Option<Vec<u8>>)| {
+        bytes.with_context(|| format!("there is no {}...{} in it", member.start, member.end))
+    };
+    wanted.iter().zip(found).map(there).collect()
 }
 
-/// The file of a tar archive whose name starts so.
-fn member(archive: impl Read, start: &str) -> Result<Option<Vec<u8>>> {
+/// The files of a tar archive whose names start and end so, in the order in which they are wanted.
+fn members(archive: impl Read, wanted: &[Member]) -> Result<Vec<Option<Vec<u8>>>> {
     let mut archive = tar::Archive::new(archive);
-    let mut found = None;
+    let mut found = vec![None; wanted.len()];
     // All are read, so that their writer comes to its end.
     for entry in archive.entries()? {
         let mut entry = entry?;
         let path = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
-        if found.is_none() && path.trim_start_matches("./").starts_with(start) {
+        let path = path.trim_start_matches("./");
+        let is_it = |member: &Member| path.starts_with(member.start) && path.ends_with(&member.end);
+        if let Some(index) = wanted.iter().position(is_it)
+            && found[index].is_none()
+        {
             let mut bytes = Vec::new();
             entry.read_to_end(&mut bytes)?;
-            found = Some(bytes);
+            found[index] = Some(bytes);
         }
     }
     Ok(found)
@@ -372,7 +463,7 @@ mod tests {
                    deb-src http://deb.debian.org/debian bookworm main\n\
                    deb [signed-by=/k.gpg] https://mirror.example/pub/debian-security bookworm-security main\n\
                    deb https://deb.nodesource.com/node_20.x nodistro main\n";
-        let taken = lines_of_debian(old, Kind::Packages);
+        let taken = lines_of_debian(old, Kind::Packages("i386"));
         assert_eq!(taken.lines().count(), 2);
         assert!(taken.contains("signed-by=/k.gpg") && !taken.contains("nodesource"));
         let taken = lines_of_debian(old, Kind::Sources);
@@ -383,14 +474,17 @@ mod tests {
         let new = "Types: deb deb-src\nURIs: http://deb.debian.org/debian\nSuites: bookworm\nArchitectures: amd64\n\
                    Signed-By: /k.gpg\n\nTypes: deb\nURIs: https://apt.example/debian-tools\nSuites: x\n\n\
                    Enabled: no\nTypes: deb\nURIs: http://deb.debian.org/debian\nSuites: sid\n";
-        let taken = stanzas_of_debian(new, Kind::Packages);
+        let taken = stanzas_of_debian(new, Kind::Packages("i386"));
         assert!(taken.contains("Suites: bookworm\nSigned-By: /k.gpg\n"), "{taken}");
         assert_eq!(taken.matches("Types").count(), 1, "{taken}");
-        for kind in [Kind::Packages, Kind::Sources] {
+        for kind in [Kind::Packages("i386"), Kind::Sources] {
             let taken = stanzas_of_debian(new, kind);
             assert!(taken.starts_with(&format!("Types: {}\n", kind.name())), "{taken}");
             let own = debian_source(kind);
-            assert_eq!(stanzas_of_debian(&debian_source(Kind::Packages), kind).trim(), own.trim());
+            assert_eq!(
+                stanzas_of_debian(&debian_source(Kind::Packages("i386")), kind).trim(),
+                own.trim()
+            );
         }
     }
 
@@ -411,10 +505,14 @@ mod tests {
             builder.append_data(&mut header, name, bytes.as_bytes())?;
         }
         let archive = builder.into_inner()?;
-        assert_eq!(member(&archive[..], "boot/vmlinuz-")?.as_deref(), Some(&b"this"[..]));
-        assert_eq!(member(&archive[..], "boot/other")?, None);
-        assert!(member(&archive[..1024 + 512 + 1], "boot/vmlinuz-").is_err());
-        assert!(member(&archive[..100], "boot/vmlinuz-").is_err());
+        let member = |archive: &[u8], start, end: &str| -> Result<Option<Vec<u8>>> {
+            Ok(members(archive, &[Member { start, end: end.to_owned(), name: "" }])?.remove(0))
+        };
+        assert_eq!(member(&archive, "boot/vmlinuz-", "")?.as_deref(), Some(&b"this"[..]));
+        assert_eq!(member(&archive, "etc/", "/vmlinuz-1")?.as_deref(), Some(&b"not this"[..]));
+        assert_eq!(member(&archive, "boot/other", "")?, None);
+        assert!(member(&archive[..1024 + 512 + 1], "boot/vmlinuz-", "").is_err());
+        assert!(member(&archive[..100], "boot/vmlinuz-", "").is_err());
         Ok(())
     }
 }

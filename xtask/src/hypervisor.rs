@@ -1,4 +1,4 @@
-//! The test guest on the reference hypervisor: the machine, the run, and what the hypervisor counted.
+//! Guests on the reference hypervisor: the machine, the run, how it ended, and what the hypervisor counted.
 
 use crate::build::{self, Form, Tools};
 use crate::conformance::{Client, Conformance};
@@ -6,12 +6,15 @@ use crate::link;
 use crate::qemu::{Machine, Module, Outcome, Run};
 use crate::tap::{self, Report, WorkloadLine};
 use crate::toolchain::{self, Emulator, Findings};
+use crate::trace::Record;
 use anyhow::{Context, Result};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::sync::OnceLock;
 use std::time::Duration;
 use vmi_hv_backend::reference::interface::Counters;
+use vmi_hv_backend::reference::record::{Ending, OWN_END, POWER_OFF, RESET, START, STOP};
 
 /// What each line of the hypervisor's begins with.
 pub const PREFIX: &str = "hypervisor: ";
@@ -74,15 +77,57 @@ pub enum Task {
     Workload,
     /// To try what no guest should.
     Hostile,
+    /// To come to a bad end.
+    End(Fate),
 }
 
 impl Task {
     /// The guest's words for it.
-    const fn words(self) -> &'static str {
+    fn words(self) -> String {
+        let more = match self {
+            Self::Conformance => String::new(),
+            Self::Workload => " workload".to_owned(),
+            Self::Hostile => " hostile".to_owned(),
+            Self::End(fate) => format!(" end={}", fate.name()),
+        };
+        format!("client=3.0{more}")
+    }
+}
+
+/// An end that the guest can come to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Fate {
+    /// An exception that nothing handles.
+    TripleFault,
+    /// A loop, with interrupts on.
+    Loop,
+    /// A loop, with interrupts off.
+    LoopMasked,
+    /// A halt, with interrupts off.
+    HaltMasked,
+    /// A loop of instructions that exit.
+    LoopOfExits,
+    /// Page tables in a device's memory.
+    DeviceTables,
+    /// An NMI that the guest sends itself, which must not end it, and then a triple fault.
+    OwnNmi,
+    /// Hypercalls that do not exist, and then the one that ends the guest.
+    Garbage,
+}
+
+impl Fate {
+    /// Its name on command lines.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
         match self {
-            Self::Conformance => "client=3.0",
-            Self::Workload => "client=3.0 workload",
-            Self::Hostile => "client=3.0 hostile",
+            Self::TripleFault => "triple-fault",
+            Self::Loop => "loop",
+            Self::LoopMasked => "loop-masked",
+            Self::HaltMasked => "halt-masked",
+            Self::LoopOfExits => "loop-of-exits",
+            Self::DeviceTables => "device-tables",
+            Self::OwnNmi => "own-nmi",
+            Self::Garbage => "garbage",
         }
     }
 }
@@ -146,6 +191,8 @@ pub struct Setup<'a> {
     pub paging: Paging,
     /// How long the run may take.
     pub limit: Duration,
+    /// Whether the exits are wanted.
+    pub traced: bool,
 }
 
 impl Setup<'_> {
@@ -154,7 +201,7 @@ impl Setup<'_> {
     pub fn machine(&self, task: Task) -> Machine {
         let module = |path: &Path, words: &str| Module { path: path.into(), words: words.into() };
         let rom = self.rom.unwrap_or(&self.built.rom);
-        let mut modules = vec![module(&self.built.guest, task.words())];
+        let mut modules = vec![module(&self.built.guest, &task.words())];
         if self.mode != Mode::Trap {
             modules.push(module(rom, ""));
         }
@@ -166,11 +213,10 @@ impl Setup<'_> {
             // The guest tests Reboot.
             no_reboot: task != Task::Conformance,
             // Where time is steady, QEMU gives up on a page table that lies on a device.
-            steady_time: task != Task::Hostile,
+            steady_time: !matches!(task, Task::Hostile | Task::End(Fate::DeviceTables)),
             limit: self.limit,
             // What the guest says tells whether it found a ROM.
             banner: None,
-            host_prefix: Some(PREFIX.into()),
             ..Machine::default()
         }
     }
@@ -182,12 +228,21 @@ impl Setup<'_> {
     /// The machine cannot be run at all.
     pub fn run(&self, task: Task, progress: impl Fn(&str)) -> Result<Hosted> {
         let machine = self.machine(task);
-        let run =
-            machine.follow(&self.built.emulator, progress).context("the hypervisor was not run")?;
-        let counters = counters(&run.host);
+        let steady_time = machine.steady_time;
+        let Watched { run, counters, record, end } =
+            Watched::follow(machine, &self.built.emulator, self.traced, progress)
+                .context("the hypervisor was not run")?;
         let wants_linked = self.mode == Mode::Trap;
-        let conformance = Conformance::of(run, Client::Lookup, wants_linked, machine.steady_time);
-        Ok(Hosted { task, mode: self.mode, paging: self.paging, conformance, counters })
+        let conformance = Conformance::of(run, Client::Lookup, wants_linked, steady_time);
+        Ok(Hosted {
+            task,
+            mode: self.mode,
+            paging: self.paging,
+            conformance,
+            counters,
+            record,
+            end,
+        })
     }
 }
 
@@ -204,6 +259,10 @@ pub struct Hosted {
     pub conformance: Conformance,
     /// What the hypervisor counted in all, from the guest's start to its end.
     pub counters: Option<Counters>,
+    /// The exits, if they were wanted.
+    pub record: Option<Record>,
+    /// How it ended.
+    pub end: End,
 }
 
 impl Hosted {
@@ -223,8 +282,12 @@ impl Hosted {
     #[must_use]
     pub fn complaint(&self) -> Option<String> {
         let report = self.report();
+        if let Some(complaint) = self.end.complaint(&self.run().outcome) {
+            return Some(complaint);
+        }
         let missing = match self.task {
             Task::Conformance => return self.conformance.complaint(),
+            Task::End(_) => Some("why it did not end as it should"),
             Task::Workload => report.workloads.is_empty().then_some("what its work costs"),
             Task::Hostile => report.attempts.is_empty().then_some("what it tried"),
         };
@@ -239,6 +302,150 @@ impl Hosted {
         }
         report.complaint().or_else(|| Some(format!("the guest does not say {}", missing?)))
     }
+}
+
+/// How a guest's run on the hypervisor ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The guest ended it, with a verdict of its own.
+    Guest,
+    /// The guest switched the machine off.
+    PowerOff,
+    /// The hypervisor ended it.
+    Hypervisor(Ending),
+    /// The guest reset the machine.
+    Reset,
+    /// QEMU ended, and nobody says why.
+    Silent,
+    /// The time was over, and the hypervisor did not answer.
+    NoAnswer,
+}
+
+impl End {
+    /// Of a run.
+    #[must_use]
+    pub fn of(run: &Run) -> Self {
+        let named = |line: &str| {
+            let name = line.strip_prefix("ending ")?;
+            Ending::ALL.iter().copied().find(|ending| ending.name() == name)
+        };
+        let told = run.host.lines().rev().map(str::trim_end).find_map(|line| match line {
+            POWER_OFF => Some(Self::PowerOff),
+            RESET => Some(Self::Reset),
+            _ if line.starts_with(OWN_END) => Some(Self::Guest),
+            // A guest that starts again has not ended yet.
+            _ if line.starts_with(START) => Some(Self::Silent),
+            _ => named(line).map(Self::Hypervisor),
+        });
+        match told.unwrap_or(Self::Silent) {
+            Self::Hypervisor(ending) => Self::Hypervisor(ending),
+            _ if matches!(run.outcome, Outcome::TimedOut { .. }) => Self::NoAnswer,
+            end => end,
+        }
+    }
+
+    /// Its name for programs.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Guest => "guest",
+            Self::PowerOff => "power-off",
+            Self::Hypervisor(ending) => ending.name(),
+            Self::Reset => "reset",
+            Self::Silent => "silent",
+            Self::NoAnswer => "no-answer",
+        }
+    }
+
+    /// The exit status of `cargo xtask` when such a run fails.
+    #[must_use]
+    pub const fn status(self) -> u8 {
+        match self {
+            Self::Guest | Self::PowerOff => 1,
+            Self::Hypervisor(ending) => ending.status(),
+            Self::NoAnswer => 79,
+            Self::Silent => 81,
+            Self::Reset => 83,
+        }
+    }
+
+    /// What there is to say against it, if the guest did not end by itself.
+    #[must_use]
+    pub fn complaint(self, outcome: &Outcome) -> Option<String> {
+        match self {
+            Self::Guest | Self::PowerOff => None,
+            Self::Hypervisor(Ending::TimeLimit) => Some(format!("time-limit: {outcome}")),
+            Self::Hypervisor(ending) => Some(format!("{}: the hypervisor ended it", ending.name())),
+            Self::NoAnswer => Some(format!("{outcome}, and the hypervisor did not answer")),
+            Self::Reset => Some("the guest reset the machine".to_owned()),
+            Self::Silent => Some(outcome.to_string()),
+        }
+    }
+}
+
+/// The exit status for what came of several runs: that of the first one that failed.
+#[must_use]
+pub fn exit_code(runs: impl IntoIterator<Item = (bool, End)>) -> ExitCode {
+    let failed = runs.into_iter().find(|(passes, _)| !passes);
+    failed.map_or(ExitCode::SUCCESS, |(_, end)| end.status().into())
+}
+
+/// A run on the hypervisor, and what that left.
+#[derive(Debug)]
+pub(crate) struct Watched {
+    pub(crate) run: Run,
+    pub(crate) counters: Option<Counters>,
+    /// None if nobody wanted it, or the hypervisor did not come to its guest.
+    pub(crate) record: Option<Record>,
+    pub(crate) end: End,
+}
+
+impl Watched {
+    /// Runs a machine that has the hypervisor for its kernel. When its time is over, the hypervisor is told to end it.
+    pub(crate) fn follow(
+        mut machine: Machine,
+        emulator: &Emulator,
+        traced: bool,
+        progress: impl Fn(&str),
+    ) -> Result<Self> {
+        machine.host_prefix = Some(PREFIX.into());
+        machine.last_stores = vec![(STOP, 1), SEND_NMI];
+        // The machine's memory is a file: QEMU leaves the exits in it.
+        let memory = traced.then(tempfile::NamedTempFile::new).transpose()?;
+        machine.memory_file = memory.as_ref().map(|file| file.path().into());
+        let run = machine.follow(emulator, progress)?;
+        let read = |file: tempfile::NamedTempFile| {
+            let record = Record::read(file.path());
+            record.inspect_err(|error| log::debug!("{error:#}")).ok()
+        };
+        let record = memory.and_then(read);
+        Ok(Self { counters: counters(&run.host), end: End::of(&run), run, record })
+    }
+}
+
+/// Where devices store to for an interrupt, here to every processor, and the word for an NMI: it comes through whatever a guest has done to
+/// its interrupt controllers.
+const SEND_NMI: (u32, u32) = (0xfeef_f000, 4 << 8);
+
+/// What the hypervisor said last of a run that failed, but for its table of counters.
+#[must_use]
+pub fn last_words(host: &str) -> String {
+    const LINES: usize = 48;
+    let names: Vec<&str> = tap::named(&Counters::ZERO).map(|(name, _)| name).collect();
+    let is_counter = |line: &&str| {
+        line.starts_with("counters ")
+            || line.starts_with("exits ")
+            || names.iter().any(|name| line.starts_with(name))
+    };
+    let lines: Vec<&str> = host.lines().filter(|line| !is_counter(line)).collect();
+    let mut text = String::new();
+    for line in &lines[lines.len().saturating_sub(LINES)..] {
+        let is_shown = |letter: &char| !letter.is_control();
+        text.push_str("    ");
+        text.extend(line.trim_end().chars().filter(is_shown));
+        text.push('\n');
+    }
+    text
 }
 
 /// The last line of the hypervisor's with all counters.
@@ -322,6 +529,39 @@ mod tests {
         assert_eq!(counters(&log), Some(wanted));
         assert_eq!(counters(&line(&fields[1..])), None);
         assert_eq!(counters("exits 5\n"), None);
+    }
+
+    #[test]
+    fn ends_are_told_apart_by_what_the_hypervisor_says() {
+        let run = |host: &str, outcome: Outcome| Run {
+            outcome,
+            serial: String::new(),
+            host: host.into(),
+            debug: String::new(),
+            duration: Duration::ZERO,
+            command: String::new(),
+        };
+        let wrong = |status| Outcome::WrongExit { status: Some(status), said: String::new() };
+        let over = || Outcome::TimedOut { limit: Duration::from_secs(1) };
+        for (host, outcome, name, status) in [
+            ("the guest ends itself with 0x10\n", Outcome::Passed, "guest", 1),
+            ("the guest powers off\n", wrong(0), "power-off", 1),
+            ("a\nending triple-fault\n", wrong(69), "triple-fault", 69),
+            ("ending time-limit\r\n", over(), "time-limit", 77),
+            ("ending\n", over(), "no-answer", 79),
+            ("the guest ends itself with 0x10\n", over(), "no-answer", 79),
+            ("the guest resets the machine\nthe guest starts at 5\n", wrong(0), "silent", 81),
+            ("", wrong(1), "silent", 81),
+            ("the guest starts at 5\nthe guest resets the machine\n", wrong(0), "reset", 83),
+        ] {
+            let run = run(host, outcome);
+            let end = End::of(&run);
+            assert_eq!((end.name(), end.status()), (name, status));
+            assert_eq!(end.complaint(&run.outcome).is_none(), status == 1, "{name}");
+        }
+        let codes = [(true, End::Guest), (false, End::NoAnswer), (false, End::Silent)];
+        assert_eq!(exit_code(codes), ExitCode::from(79));
+        assert_eq!(exit_code([(true, End::Silent)]), ExitCode::SUCCESS);
     }
 
     #[test]

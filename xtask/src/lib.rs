@@ -14,6 +14,7 @@
 //! - [`tap`]: what the test guest reports,
 //! - [`conformance`]: one ROM under the test guest,
 //! - [`hypervisor`]: the guest on the reference hypervisor,
+//! - [`trace`]: its exits, as a trace that viewers open,
 //! - [`linux`], [`debian`]: Linux as the guest, and where it comes from,
 //! - [`xen`]: the guest on Xen, and where Xen comes from,
 //! - [`iso`]: a disc that boots the guest,
@@ -31,6 +32,7 @@ pub mod hypervisor;
 pub mod image;
 pub mod inspect;
 pub mod iso;
+pub mod kvm;
 pub mod link;
 pub mod linux;
 pub mod progress;
@@ -40,6 +42,7 @@ pub mod setup;
 pub mod table;
 pub mod tap;
 pub mod toolchain;
+pub mod trace;
 pub mod verbs;
 pub mod xen;
 

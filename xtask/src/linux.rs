@@ -1,19 +1,20 @@
 //! Linux as the guest: its first program, the initramfs around it, the runs.
 
 use crate::build::{self, Tools};
-use crate::hypervisor::{self, Built, Mode, PREFIX, Paging};
+use crate::hypervisor::{self, Built, End, Mode, Paging, Watched};
 use crate::qemu::{Machine, Module, Outcome, Run};
+use crate::trace::Record;
 use anyhow::Result;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use vmi_hv_backend::reference::interface::Counters;
 
 /// What the first program's last line starts with, if all went well.
-const MARKER: &str = "linux: all ";
+pub(crate) const MARKER: &str = "linux: all ";
 
 /// What the kernel is told before the words for its first program: its console, and not to test its own ciphers, which takes a third
 /// of a boot.
-const COMMAND_LINE: &str = "console=ttyS0 cryptomgr.notests";
+pub(crate) const COMMAND_LINE: &str = "console=ttyS0 cryptomgr.notests";
 
 /// Where the initramfs lands.
 #[must_use]
@@ -34,18 +35,56 @@ pub fn initramfs(tools: &Tools) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// An archive in the "new ASCII" format of cpio, which Linux unpacks as its first file system: console and zeros as devices, an
-/// empty folder for /proc, the program.
+/// The initramfs of our first program: console and zeros as devices, an empty folder for /proc, the program.
 #[must_use]
 pub fn archive(program: &[u8]) -> Vec<u8> {
-    const FOLDER: u32 = 0o040_755;
-    const DEVICE: u32 = 0o020_600;
-    const PROGRAM: u32 = 0o100_755;
-    let mut archive = Vec::new();
-    let mut number = 0;
-    let mut add = |name: &str, mode: u32, device: (u32, u32), bytes: &[u8]| {
-        number += 1;
-        let length = bytes.len() as u32;
+    let mut archive = Archive::default();
+    archive.folder("dev");
+    archive.device("dev/console", (5, 1));
+    archive.device("dev/zero", (1, 5));
+    archive.folder("proc");
+    archive.program("init", program);
+    archive.finish()
+}
+
+/// An archive in the "new ASCII" format of cpio, which Linux unpacks as its first file system.
+#[derive(Debug, Default)]
+pub(crate) struct Archive {
+    bytes: Vec<u8>,
+    entries: u32,
+}
+
+impl Archive {
+    /// An empty folder.
+    pub(crate) fn folder(&mut self, name: &str) {
+        self.add(name, 0o040_755, (0, 0), &[]);
+    }
+
+    /// A character device.
+    pub(crate) fn device(&mut self, name: &str, number: (u32, u32)) {
+        self.add(name, 0o020_600, number, &[]);
+    }
+
+    /// A file that can be executed.
+    pub(crate) fn program(&mut self, name: &str, bytes: &[u8]) {
+        self.add(name, 0o100_755, (0, 0), bytes);
+    }
+
+    /// Any other file.
+    pub(crate) fn file(&mut self, name: &str, bytes: &[u8]) {
+        self.add(name, 0o100_644, (0, 0), bytes);
+    }
+
+    /// The archive.
+    pub(crate) fn finish(mut self) -> Vec<u8> {
+        self.add("TRAILER!!!", 0, (0, 0), &[]);
+        self.bytes
+    }
+
+    fn add(&mut self, name: &str, mode: u32, device: (u32, u32), bytes: &[u8]) {
+        self.entries += 1;
+        let (number, length) = (self.entries, bytes.len() as u32);
+        let archive = &mut self.bytes;
         archive.extend(b"070701");
         // The fields of a header: inode, mode, owner, group, links, time, bytes, the device it lies on, the device it is, bytes of the
         // name with its end, a sum that this format does not use.
@@ -59,14 +98,7 @@ pub fn archive(program: &[u8]) -> Vec<u8> {
         archive.resize(archive.len().next_multiple_of(4), 0);
         archive.extend(bytes);
         archive.resize(archive.len().next_multiple_of(4), 0);
-    };
-    add("dev", FOLDER, (0, 0), &[]);
-    add("dev/console", DEVICE, (5, 1), &[]);
-    add("dev/zero", DEVICE, (1, 5), &[]);
-    add("proc", FOLDER, (0, 0), &[]);
-    add("init", PROGRAM, (0, 0), program);
-    add("TRAILER!!!", 0, (0, 0), &[]);
-    archive
+    }
 }
 
 /// What lies below Linux.
@@ -104,6 +136,8 @@ pub struct Boot<'a> {
     pub marker: Option<&'a str>,
     /// How long it may take.
     pub limit: Duration,
+    /// Whether the exits are wanted.
+    pub traced: bool,
 }
 
 impl<'a> Boot<'a> {
@@ -116,7 +150,8 @@ impl<'a> Boot<'a> {
         below: Below<'a>,
     ) -> Self {
         let limit = Duration::from_secs(120);
-        Self { emulator, kernel, initrd, append: "", below, marker: Some(MARKER), limit }
+        let (append, marker, traced) = ("", Some(MARKER), false);
+        Self { emulator, kernel, initrd, append, below, marker, limit, traced }
     }
 
     /// The machine.
@@ -148,7 +183,6 @@ impl<'a> Boot<'a> {
                     kernel: Some(built.hypervisor.clone()),
                     modules,
                     append: Some(format!("mode={} paging={}", mode.name(), paging.name())),
-                    host_prefix: Some(PREFIX.into()),
                     ..machine
                 }
             }
@@ -161,9 +195,14 @@ impl<'a> Boot<'a> {
     ///
     /// The machine cannot be run at all.
     pub fn run(&self, progress: impl Fn(&str)) -> Result<Booted> {
-        let run = self.machine().follow(self.emulator, progress)?;
-        let counters = hypervisor::counters(&run.host);
-        Ok(Booted { run, counters })
+        let (machine, may_power_off) = (self.machine(), self.marker.is_none());
+        if matches!(self.below, Below::Nothing) {
+            let run = machine.follow(self.emulator, progress)?;
+            return Ok(Booted { run, counters: None, record: None, end: None, may_power_off });
+        }
+        let Watched { run, counters, record, end } =
+            Watched::follow(machine, self.emulator, self.traced, progress)?;
+        Ok(Booted { run, counters, record, end: Some(end), may_power_off })
     }
 }
 
@@ -174,6 +213,12 @@ pub struct Booted {
     pub run: Run,
     /// What the hypervisor counted.
     pub counters: Option<Counters>,
+    /// The exits, if they were wanted.
+    pub record: Option<Record>,
+    /// How it ended on the hypervisor.
+    pub end: Option<End>,
+    /// Whether to switch the machine off is as good an end as the exit device.
+    pub may_power_off: bool,
 }
 
 impl Booted {
@@ -181,6 +226,15 @@ impl Booted {
     #[must_use]
     pub fn passed(&self) -> bool {
         self.run.outcome == Outcome::Passed
+            || (self.may_power_off && self.end == Some(End::PowerOff))
+    }
+
+    /// Why it did not; nothing if it did.
+    #[must_use]
+    pub fn complaint(&self) -> Option<String> {
+        let outcome = &self.run.outcome;
+        let by_end = || self.end.and_then(|end| end.complaint(outcome));
+        (!self.passed()).then(|| by_end().unwrap_or_else(|| outcome.to_string()))
     }
 
     /// How many tests of our first program's passed.
@@ -194,14 +248,12 @@ impl Booted {
     /// The last lines on the serial port, for whoever wants to know why not.
     #[must_use]
     pub fn last_lines(&self) -> String {
-        let lines: Vec<&str> = self
-            .run
-            .serial
-            .lines()
-            .chain(self.run.host.lines())
-            .filter(|line| !line.trim().is_empty())
-            .collect();
-        lines[lines.len().saturating_sub(40)..].join("\n")
+        let mut text = self.run.last_lines();
+        if !self.run.host.is_empty() {
+            text.push_str("\n  the hypervisor's last lines:\n");
+            text.push_str(&hypervisor::last_words(&self.run.host));
+        }
+        text
     }
 }
 

@@ -5,6 +5,7 @@
 //! the debug port. A machine that resets, hangs, or never gets as far as the ROM passes no test.
 
 use crate::image;
+use crate::inspect::source::store_by_gdb;
 use crate::toolchain::Emulator;
 use std::ffi::OsString;
 use std::fmt;
@@ -115,7 +116,18 @@ pub struct Machine {
     pub banner: Option<String>,
     /// What the lines of a hypervisor below the guest start with: they are none of the guest's.
     pub host_prefix: Option<String>,
+    /// The file that is the machine's memory, and can be read when the machine is gone.
+    pub memory_file: Option<PathBuf>,
+    /// What is stored to the machine's physical memory when its time is over, for it to end itself: addresses and words. Empty: it
+    /// is ended from outside.
+    pub last_stores: Vec<(u32, u32)>,
 }
+
+/// How long a machine has to end itself when it was told to.
+const GRACE: Duration = Duration::from_secs(30);
+
+/// How often it is told.
+const REMINDER: Duration = Duration::from_secs(3);
 
 /// A file for a multiboot kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -145,6 +157,8 @@ impl Default for Machine {
             marker: "# vmi-guest: all ".into(),
             banner: Some(BANNER.into()),
             host_prefix: None,
+            memory_file: None,
+            last_stores: Vec::new(),
         }
     }
 }
@@ -212,6 +226,16 @@ pub struct Run {
     pub command: String,
 }
 
+impl Run {
+    /// The last lines on the serial port, for whoever wants to know why not.
+    #[must_use]
+    pub fn last_lines(&self) -> String {
+        const LINES: usize = 24;
+        let lines: Vec<&str> = self.serial.lines().filter(|line| !line.trim().is_empty()).collect();
+        lines[lines.len().saturating_sub(LINES)..].join("\n")
+    }
+}
+
 /// A machine could not be run at all.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -267,7 +291,14 @@ impl Machine {
     pub fn arguments(&self) -> Result<Vec<OsString>, Error> {
         let mut arguments: Vec<OsString> = Vec::new();
         let mut add = |words: &[&str]| arguments.extend(words.iter().map(OsString::from));
-        add(&["-M", &self.model.to_string(), "-accel", "tcg", "-cpu", &self.cpu]);
+        let backend = if self.memory_file.is_some() { ",memory-backend=ram" } else { "" };
+        add(&["-M", &format!("{}{backend}", self.model), "-accel", "tcg", "-cpu", &self.cpu]);
+        if let Some(file) = &self.memory_file {
+            let file = escaped(&file.to_string_lossy());
+            let size = self.memory;
+            add(&["-object"]);
+            add(&[&format!("memory-backend-file,id=ram,size={size}M,share=on,mem-path={file}")]);
+        }
         add(&["-m", &self.memory.to_string(), "-smp", &self.processors.to_string()]);
         add(&["-display", "none", "-monitor", "none", "-nic", "none"]);
         add(&["-serial", "stdio", "-device", "isa-debug-exit,iobase=0xf4,iosize=4"]);
@@ -360,6 +391,13 @@ impl Machine {
         let mut debug_option = OsString::from("file:");
         debug_option.push(&debug_path);
         arguments.extend(["-debugcon".into(), debug_option]);
+        let socket = folder.path().join("gdb");
+        if !self.last_stores.is_empty() {
+            let mut gdb_option = OsString::from("unix:");
+            gdb_option.push(escaped(&socket.to_string_lossy()));
+            gdb_option.push(",server=on,wait=off");
+            arguments.extend(["-gdb".into(), gdb_option]);
+        }
 
         log::debug!("{} {arguments:?}", emulator.path.display());
         let start = Instant::now();
@@ -398,6 +436,9 @@ impl Machine {
             line(text.trim_end());
             serial.push_str(&text);
         };
+        let mut end = start + self.limit;
+        let mut is_over = false;
+        let mut reminded = None;
         let ended = loop {
             match lines.recv_timeout(Duration::from_millis(20)) {
                 Ok(text) => take(text),
@@ -410,7 +451,19 @@ impl Machine {
             if let Some(status) = child.try_wait()? {
                 break Some(status);
             }
-            if start.elapsed() >= self.limit {
+            let now = Instant::now();
+            if now >= end && !is_over && !self.last_stores.is_empty() {
+                is_over = true;
+                end = now + GRACE;
+            }
+            if is_over && reminded.is_none_or(|last| now >= last + REMINDER) {
+                reminded = Some(now);
+                // A machine that does not listen is ended soon.
+                if let Err(error) = store_by_gdb(&socket, &self.last_stores, REMINDER) {
+                    log::debug!("the machine is not told to end itself: {error}");
+                }
+            }
+            if now >= end {
                 child.kill()?;
                 child.wait()?;
                 break None;
@@ -428,6 +481,7 @@ impl Machine {
         };
 
         let outcome = match ended {
+            _ if is_over => Outcome::TimedOut { limit: self.limit },
             None => Outcome::TimedOut { limit: self.limit },
             Some(status) if status.code() != Some(PASS_STATUS) => {
                 Outcome::WrongExit { status: status.code(), said: complaint(&said) }

@@ -2,6 +2,8 @@
 
 use anyhow::{Context, Result};
 use std::collections::BTreeSet;
+use vmi_hv_backend::reference::record::Ending;
+use xtask::hypervisor::End;
 use xtask::inspect::{HIGH_BASE, Rom, Rule, report, survey, verify};
 
 fn page(name: &str) -> Result<String> {
@@ -55,6 +57,18 @@ fn every_rule_has_its_entry() -> Result<()> {
         assert!(page.contains(&entry), "docs/inspector.md lacks this entry:\n\n{entry}");
     }
     assert_eq!(page.matches("\n### `").count(), Rule::ALL.len(), "an entry without a rule");
+    Ok(())
+}
+
+#[test]
+fn every_end_has_its_row() -> Result<()> {
+    let page = page("on-the-reference-hypervisor.md")?;
+    let others = [End::Guest, End::PowerOff, End::NoAnswer, End::Silent, End::Reset];
+    let ends = Ending::ALL.iter().map(|ending| End::Hypervisor(*ending)).chain(others);
+    for end in ends {
+        let row = format!("| {} | `{}` | ", end.status(), end.name());
+        assert!(page.contains(&row), "docs/on-the-reference-hypervisor.md lacks `{row}`");
+    }
     Ok(())
 }
 

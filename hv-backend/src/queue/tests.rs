@@ -42,6 +42,12 @@ pub(super) enum Fault {
     GoesOnAfterStop,
     /// Interrupts come in the middle.
     InterruptsStayOn,
+    /// AllocatePage waits with the frame's ReleasePage.
+    BeginsAnewUntold,
+    /// Told late, leaving the mode CPU does not flush.
+    SetCr3WaitsForEver,
+    /// Told late, GetCR2 goes ahead of SetCR3.
+    FaultsOvertakeSetCr3,
 }
 
 std::thread_local! {
@@ -49,7 +55,7 @@ std::thread_local! {
 }
 
 impl Fault {
-    const ALL: [Self; 15] = [
+    const ALL: [Self; 18] = [
         Self::PartialBatchIsLost,
         Self::PartialBatchIsRepeated,
         Self::RefusedIsSkipped,
@@ -65,6 +71,9 @@ impl Fault {
         Self::OtherModeDoesNotFlush,
         Self::GoesOnAfterStop,
         Self::InterruptsStayOn,
+        Self::BeginsAnewUntold,
+        Self::SetCr3WaitsForEver,
+        Self::FaultsOvertakeSetCr3,
     ];
 
     pub(super) fn is_on(self) -> bool {
@@ -108,7 +117,7 @@ const TELL_C: Operation = Operation::UpdatePxE { entry: 2, defer: false };
 const DESCRIPTOR: Operation = Operation::WriteEntry { table: 0, index: 1 };
 
 /// Of each kind of operation one or two.
-const ALPHABET: [Operation; 15] = [
+const ALPHABET: [Operation; 16] = [
     SET_A,
     CLEAR_A,
     SET_B,
@@ -123,6 +132,7 @@ const ALPHABET: [Operation; 15] = [
     Operation::SetLazyMode(2),
     Operation::InvalPage(0),
     Operation::Page { release: true },
+    Operation::Page { release: false },
     Operation::Access(0),
 ];
 
@@ -143,7 +153,7 @@ fn sequences(length: usize, mut each: impl FnMut(&[Operation]) -> bool) {
 
 /// Every scenario of a small size: the runs, and the first violation.
 ///
-/// All sequences of `length` operations, in each lazy mode to begin with, with the capacities 1, 2 and 3, each
+/// All sequences of `length` operations, told late and not, in each lazy mode to begin with, with the capacities 1, 2 and 3, each
 /// - without failures and interrupts,
 /// - with the first, second or third hypercall stopped after 0 or 1 updates, or complaining,
 /// - with the first, second, third or fourth update refused for good,
@@ -162,7 +172,10 @@ fn enumerate(length: usize) -> (usize, Result<(), String>) {
     let (mut runs, mut result) = (0, Ok(()));
     let mut scenario = Scenario::default();
     sequences(length, |sequence| {
-        for mode in 0..3 {
+        for (late, mode) in
+            [false, true].into_iter().flat_map(|late| (0..3).map(move |mode| (late, mode)))
+        {
+            scenario.late = late;
             scenario.operations.clear();
             scenario.operations.push(Operation::SetLazyMode(mode));
             scenario.operations.extend(sequence);
@@ -258,6 +271,7 @@ prop_compose! {
 
 prop_compose! {
     fn scenario()(
+        late: bool,
         operations in prop::collection::vec(operation(), 1..40),
         interrupts in interrupts(),
         outcomes in prop::collection::vec(prop_oneof![
@@ -267,7 +281,7 @@ prop_compose! {
         ], 0..8),
         refused in prop::option::weighted(0.2, (1..40_u32).prop_map(|value| value << 1)),
     ) -> Scenario {
-        Scenario { operations, interrupts, outcomes, refused }
+        Scenario { late, operations, interrupts, outcomes, refused }
     }
 }
 

@@ -39,8 +39,15 @@ bitflags! {
         const PAGE_TABLES = 1 << 0;
         /// Updates may wait, and come in batches. Clear: one at a time, at once.
         const BATCH = 1 << 1;
+        /// The guest has one processor, and a page fault that the shadow alone has is resolved from the guest's own tables. So what
+        /// is in them already may be told as late as a processor with a TLB may see it, and frames may become tables and stop being
+        /// some as late. Without [`Features::BATCH`] it means nothing.
+        const LATE = 1 << 2;
     }
 }
+
+/// A flag of UpdatePxE and UpdatePxELong: the address is a guest-physical one. It is none of the guest's flags.
+pub const PHYSICAL: u32 = 1 << 6;
 
 /// The most updates that a batch may have, in version 1.0 without exception where [`Features::BATCH`] is set.
 pub const BATCH_LIMIT: u32 = 128;

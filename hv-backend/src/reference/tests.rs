@@ -67,6 +67,15 @@ fn what_does_not_fit_is_left_to_native_code() {
 }
 
 #[test]
+fn without_batches_nothing_is_told_late() {
+    let late =
+        |features: Features| with(1, 1, features.bits()).expect("nothing wrong").may_be_late();
+    assert!(late(Features::all()));
+    assert!(!late(Features::PAGE_TABLES | Features::LATE));
+    assert!(!late(Features::PAGE_TABLES | Features::BATCH));
+}
+
+#[test]
 fn without_batches_nothing_waits() {
     let modes = [LazyMode::OFF, LazyMode::MMU, LazyMode::CPU, LazyMode(7)];
     let taken = on(good()).expect("nothing wrong");

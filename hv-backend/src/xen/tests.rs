@@ -403,13 +403,15 @@ fn a_context_switch_is_one_multicall() {
     let xen = with_tables(&model);
     tree(&model);
     xen.set_cr3(&model, 20 << 12);
-    for overwrites in [false, true] {
+    for (overwrites, kind) in [(false, [0x1111, DATA[1]]), (true, [0x2222, DATA[1]])] {
         model.overwrites.set(overwrites);
         model.made.borrow_mut().clear();
         xen.set_lazy_mode(&model, CPU);
         xen.set_cr3(&model, 20 << 12);
         xen.update_kernel_stack(&model, 0xc000_f000);
-        (1..4).for_each(|index| xen.write_gdt_entry(&model, GDT, index, DATA[0], DATA[1]));
+        for index in [1, 2, 5] {
+            xen.write_gdt_entry(&model, GDT, index, kind[0], kind[1]);
+        }
         xen.clear_task_switched(&model);
         assert!(model.taken().is_empty());
         xen.set_lazy_mode(&model, OFF);
@@ -420,6 +422,28 @@ fn a_context_switch_is_one_multicall() {
     }
     assert_eq!(model.load(LINEAR + 0x5004), 0xc000_f000, "in the task state segment, too");
     assert_eq!(xen.refusals.get(), 0);
+}
+
+#[test]
+fn a_descriptor_that_is_there_already_costs_nothing() {
+    let model = Model::new();
+    let xen = with_tables(&model);
+    model.made.borrow_mut().clear();
+    xen.set_lazy_mode(&model, CPU);
+    let write = |index, [low, high]: [u32; 2]| xen.write_gdt_entry(&model, GDT, index, low, high);
+    write(1, CODE);
+    write(2, [DATA[0], DATA[1] | 1 << 8]);
+    assert_eq!(xen.waiting.get(), 0, "as it is, but for having been used");
+    // There and back: the second is what Xen has, and not what it will have.
+    write(2, CODE);
+    write(2, DATA);
+    write(1, CODE);
+    xen.set_lazy_mode(&model, OFF);
+    let two = std::vec![hypercall::UPDATE_DESCRIPTOR; 2];
+    assert_eq!(model.taken(), [Made::Multicall(two)]);
+    assert_eq!(copied(&model, GDT_OFFSET, 2), long(DATA));
+    write(2, DATA);
+    assert!(model.taken().is_empty());
 }
 
 #[test]

@@ -17,7 +17,8 @@ use x86::controlregs::Cr0;
 const RETURN: u32 = 1 + 1 + 5;
 const RECORD: u32 = RETURN + 1;
 
-/// The opcode of that TEST.
+/// The opcode of that TEST. It may also take the place of a direct call's, so that the distance is
+/// the number that is tested.
 pub(super) const HOLDER: u8 = 0xa9;
 
 /// What [`rewrite_site`] is told about a call.
@@ -52,6 +53,13 @@ const SHORT_JUMP: u8 = 0xeb;
 /// What an unused byte of a site is filled with: prefixes that change nothing, and a NOP behind them.
 const OPERAND_SIZE: u8 = 0x66;
 const NOP: u8 = 0x90;
+
+/// Instructions of two bytes that do nothing, as kernels have them behind a site: a NOP with one of
+/// these prefixes, the beginning of one with more of them, MOV of ESI and of EAX to itself.
+const SHORT_NOP: u16 = u16::from_le_bytes([OPERAND_SIZE, NOP]);
+const LONG_NOP: u16 = u16::from_le_bytes([OPERAND_SIZE, OPERAND_SIZE]);
+const MOV_ESI: u16 = u16::from_le_bytes([0x89, 0xf6]);
+const MOV_EAX: u16 = u16::from_le_bytes([0x8b, 0xc0]);
 
 /// Bytes in a page of memory, and in a word that every processor sees changed as a whole.
 const PAGE: u32 = 4096;
@@ -160,25 +168,62 @@ routines! {
         "pop ecx",
         "jbe 6f",
 
-        // No room in one word, or more than a byte to change. A site that calls directly can still call the plain entry: one byte
-        // says so, unless the distance needs a carry.
+        // No room in one word, or only one byte may change. A direct site of CLI or STI that a NOP
+        // stands behind takes two changes, each right by itself: the NOP's first byte becomes the
+        // instruction, which after a call does again what the call did, and when that is there the
+        // call becomes a TEST. The site is entered again after each.
         "52: cmp byte ptr [ebp - 4], {direct_opcode}",
         "jne 9f",
-        "lea ecx, [esi + 1]",
-        "mov edx, ecx",
-        "and edx, -{word}",
-        "sub ecx, edx",
-        "push esi",
-        "push edx",
-        "push dword ptr ss:[edx + 4]",
-        "push dword ptr ss:[edx]",
-        "push dword ptr [esp + 4]",
-        "push dword ptr [esp + 4]",
-        "mov dl, [ebp - 8]",
-        "cmp dl, [esp + ecx]",                  // Another processor was here first.
-        "jne 9f",
-        "add byte ptr [esp + ecx], {plain}",
+        "dec bl",                               // What has one byte and comes back is CLI or STI.
+        "jnz 56f",
+        "movzx edx, byte ptr ss:[edi + {plain}]",
+        "mov ecx, [ebp + {return_address}]",
+        "call 20f",
+        "je 54f",
+        "cmp al, dl",
+        "je 55f",
+        "cmp eax, {mov_esi}",
+        "je 53f",
+        "cmp eax, {mov_eax}",
+        "jne 56f",
+        // Both of its bytes must change. Nobody executes it meanwhile: whoever calls and sees it
+        // comes back behind it.
+        "53: lea ebx, [ecx + 1]",
+        "test bl, {word} - 1",
+        "jz 56f",
+        "add dword ptr [ebp + {return_address}], 2",
+        "mov dh, {nop}",
+        "xor dh, ah",
+        "54: xor dl, al",
+        "jmp 57f",
+        "55: mov ecx, esi",
+        "mov al, {direct_opcode}",
+        "mov dl, {direct_opcode} ^ {holder}",
+        "jmp 57f",
+
+        // A site that calls directly can still call the plain entry: one byte says so, unless the
+        // distance needs a carry.
+        "56: lea ecx, [esi + 1]",
+        "mov al, [ebp - 8]",
+        "movzx edx, al",
+        "add dl, {plain}",
         "jc 9f",
+        "xor dl, al",
+
+        // The word, and a copy of it that is changed.
+        // ECX: where. AL: the byte that was found there. DL, DH: which bits of it and of the next one change.
+        "57: mov ebx, ecx",
+        "and ebx, -{word}",
+        "sub ecx, ebx",
+        "push esi",
+        "push ebx",
+        "push dword ptr ss:[ebx + 4]",
+        "push dword ptr ss:[ebx]",
+        "push dword ptr [esp + 4]",
+        "push dword ptr [esp + 4]",
+        "cmp al, [esp + ecx]",                  // Another processor was here first.
+        "jne 9f",
+        "xor [esp + ecx], dx",
         "jmp 8f",
 
         // The word, and a copy of it in which the site is changed.
@@ -219,7 +264,14 @@ routines! {
         "72: lea edx, [ecx + 1]",
         "cmp edx, eax",
         "jne 71b",
-        "mov byte ptr ss:[ecx], {nop}",
+        // A NOP behind a direct call belongs to the site: the prefixes are that one's.
+        "mov dl, {nop}",
+        "cmp byte ptr [ebp - 4], {direct_opcode}",
+        "jne 73f",
+        "call 20f",
+        "jne 73f",
+        "mov dl, {operand_size}",
+        "73: mov ss:[ecx], dl",
 
         // In: on the stack the changed word, the word as it was, its address, the site.
         "8: pop ebx",
@@ -249,6 +301,22 @@ routines! {
         "popad",
         "ret",
 
+        // What comes behind the site: the kernel's next instruction, if it lies in the site's page.
+        // Out: EAX: two bytes of it, or all ones; equal if it is a NOP, with or without prefixes.
+        "20: mov eax, [ebp + {return_address}]",
+        "inc eax",
+        "test eax, {page} - 2",
+        "jz 21f",
+        "movzx eax, word ptr ss:[eax - 1]",
+        "cmp al, {nop}",
+        "je 22f",
+        "cmp eax, {long_nop}",
+        "je 22f",
+        "cmp eax, {short_nop}",
+        "jmp 22f",
+        "21: or eax, -1",
+        "22: ret",
+
         return_to_call = const SAVED,
         returned = const RETURN,
         return_address = const SAVED + 8,
@@ -266,6 +334,11 @@ routines! {
         short_jump = const SHORT_JUMP,
         operand_size = const OPERAND_SIZE,
         nop = const NOP,
+        short_nop = const SHORT_NOP,
+        long_nop = const LONG_NOP,
+        mov_esi = const MOV_ESI,
+        mov_eax = const MOV_EAX,
+        holder = const HOLDER,
         not_write_protect = const !WRITE_PROTECT,
         one_byte = const SiteRule::OneByte as u8,
         rule = const RULE as u8,

@@ -30,6 +30,10 @@ const TIMES: u32 = 100;
 /// How often a count must come out the same before it is believed.
 const STEADY: u32 = 4;
 
+/// Bytes of a site: the call through a pointer that the compiler made, over which all else is
+/// patched.
+const SITE: usize = 6;
+
 /// The vector of the operations that begin with an interrupt.
 const VECTOR: u8 = 0x90;
 
@@ -196,14 +200,19 @@ fn measure(entrance: Entrance, steps: &[Step], site: impl Fn(&Call) -> Target) -
                 let code = native.bytes();
                 area.append(code);
                 if returns {
-                    let length = if call.contract.site == Site::Patched { 5 } else { 6 };
-                    for _ in code.len() + 1..length {
+                    for _ in code.len() + 1..SITE {
                         area.append(&[0x66]);
                     }
                     area.append(&[0x90]);
                 }
             }
-            Target::Call(target) => area.append_branch(0xe8, target),
+            Target::Call(target) => {
+                area.append_branch(0xe8, target);
+                // What is left of the call that the compiler made.
+                if returns && call.contract.site == Site::Patched {
+                    area.append(&[0x90]);
+                }
+            }
             Target::Jump(target) => area.append_branch(0xe9, target),
             Target::Pointer(target) => area.append_pointer_call(target),
             Target::Nothing => area.append(&[0x66, 0x66, 0x66, 0x66, 0x90]),

@@ -2,8 +2,8 @@
 //!
 //! The other processors are started, and all of them run one site after the other: each round the
 //! first processor writes a site as a kernel has it, and everybody enters it at once, non-maskable
-//! interrupts in between. For a transfer the site is put back all the time, while the others run it:
-//! of that one only the first byte changes, so both forms are right at every moment.
+//! interrupts in between. Three sites are put back all the time, while the others run them: those of which
+//! the last change is one of the first byte, so that both forms are right at every moment.
 
 #![expect(unsafe_code, reason = "UNSAFETY: starts processors, and runs code that it writes")]
 
@@ -16,7 +16,8 @@ use crate::rom::Rom;
 use crate::segments::{
     GDT, IDT_SIZE, KERNEL_CODE, KERNEL_DATA, Table, gate, set_descriptor, table_of,
 };
-use crate::site::{Place, Site};
+use crate::session::INTERRUPT_FLAG;
+use crate::site::{FILLERS, Place, Site};
 use core::arch::{global_asm, naked_asm};
 use core::hint::spin_loop;
 use core::mem::offset_of;
@@ -24,7 +25,7 @@ use core::sync::atomic::{AtomicU32, Ordering};
 use vmi_abi::state::DescriptorTable;
 use vmi_abi::{CallNumber, number};
 
-/// Rounds, and how often a transfer's site is put back; more of both in a long run.
+/// Rounds, and how often each site is put back; more of both in a long run.
 const ROUNDS: u32 = match option_env!("VMI_GUEST_ROUNDS") {
     Some(text) => match u32::from_str_radix(text, 10) {
         Ok(rounds) => rounds,
@@ -36,9 +37,19 @@ const ROUNDS: u32 = match option_env!("VMI_GUEST_ROUNDS") {
 /// Most processors that take part.
 const CROWD: usize = 16;
 
-/// Calls of which every register survives, but the result of the second.
-const CALLS: [CallNumber; 4] =
-    [number::DisableInterrupts, number::GetInterruptMask, number::SetInterruptMask, number::IRET];
+/// Calls of which every register survives, but the result of the third.
+const CALLS: [CallNumber; 5] = [
+    number::DisableInterrupts,
+    number::EnableInterrupts,
+    number::GetInterruptMask,
+    number::SetInterruptMask,
+    number::IRET,
+];
+
+/// Forms of a site: direct calls with each filler, and one through a pointer. Each is tried with all
+/// calls at 64 places before the next one comes.
+const FORMS: usize = FILLERS.len() + 1;
+const ROUNDS_OF_A_FORM: usize = 64 * CALLS.len();
 
 /// Times that a processor enters the site in a round.
 const VISITS: u32 = 4;
@@ -50,7 +61,7 @@ struct Task {
     round: AtomicU32,
     /// Where the site begins. For a call, a return stands behind it.
     site: AtomicU32,
-    /// [`KEEPS_ALL`], [`ANSWERS`] or [`TRANSFERS`].
+    /// [`KEEPS_ALL`], [`TRANSFERS`], [`DISABLES`] or [`ENABLES`].
     kind: AtomicU32,
     /// How often to enter it.
     visits: AtomicU32,
@@ -62,6 +73,8 @@ struct Task {
     interrupts: AtomicU32,
     /// Processors that were stopped by an exception.
     dead: AtomicU32,
+    /// What lay on the stack of the last one: the error code, if there is one, EIP, CS, EFLAGS.
+    frame: [AtomicU32; 4],
     /// Processors started.
     started: AtomicU32,
 }
@@ -75,14 +88,16 @@ static TASK: Task = Task {
     lost: AtomicU32::new(0),
     interrupts: AtomicU32::new(0),
     dead: AtomicU32::new(0),
+    frame: [const { AtomicU32::new(0) }; 4],
     started: AtomicU32::new(0),
 };
 
-/// How the site is entered: by a call that keeps all registers, by one that answers in EAX, with a
-/// frame that it takes away.
+/// How the site is entered: by a call that keeps all registers or answers with the flags in EAX, with a
+/// frame that it takes away, by a call with interrupts enabled or disabled that changes just that.
 const KEEPS_ALL: u32 = 0;
-const ANSWERS: u32 = 1;
-const TRANSFERS: u32 = 2;
+const TRANSFERS: u32 = 1;
+const DISABLES: u32 = 2;
+const ENABLES: u32 = 3;
 
 const STACK: usize = 4096;
 
@@ -191,7 +206,10 @@ extern "C" fn joined(index: u32) -> ! {
 
 /// Enters the site as often as the task says, and counts what is lost.
 fn visit(index: u32) {
-    for visit in 0..TASK.visits.load(Ordering::Relaxed) {
+    for visit in 0..u32::MAX {
+        if visit >= TASK.visits.load(Ordering::Relaxed) {
+            break;
+        }
         let pattern = (index << 24 | visit).wrapping_mul(0x9e37_79b9) | 1;
         // SAFETY: a site that the first processor has written, with what belongs behind it.
         let lost = unsafe {
@@ -225,7 +243,13 @@ unsafe extern "C" fn enter(site: u32, kind: u32, pattern: u32) -> u32 {
         "pushfd",
         "pop eax",
         "push eax",
-        // [esp] flags, [esp + 4] site, [esp + 8] kind, [esp + 12] pattern.
+        // What may not change is the flags with interrupts disabled, but for the two that change just that.
+        "cmp ebp, {enables}",
+        "jne 5f",
+        "or dword ptr [esp], {interrupt_flag}",
+        "mov eax, [esp]",
+        "5:",
+        // [esp] flags afterwards, [esp + 4] site, [esp + 8] kind, [esp + 12] pattern.
         "mov edx, ecx",
         "mov ebx, ecx",
         "mov esi, ecx",
@@ -235,7 +259,10 @@ unsafe extern "C" fn enter(site: u32, kind: u32, pattern: u32) -> u32 {
         "je 2f",
         // The flags as they were saved: what GetInterruptMask is to answer.
         "push eax",
-        "popfd",
+        "cmp dword ptr [esp + 12], {disables}",
+        "jb 6f",
+        "xor dword ptr [esp], {interrupt_flag}",
+        "6: popfd",
         "call dword ptr [esp + 4]",
         "jmp 3f",
         // A frame to come back with; then what the site takes for its own: the address is popped.
@@ -245,7 +272,16 @@ unsafe extern "C" fn enter(site: u32, kind: u32, pattern: u32) -> u32 {
         "jmp 3f",
         "4: push dword ptr [esp + 16]",
         "ret",
-        "3: xor ecx, [esp + 12]",
+        // EAX holds the flags, as argument and as answer; of what is left of them IF must be right.
+        "3: xor eax, [esp]",
+        "pushfd",
+        "cli",
+        "xor ecx, [esp + 16]",
+        "or eax, ecx",
+        "pop ecx",
+        "xor ecx, [esp]",
+        "and ecx, {interrupt_flag}",
+        "or ecx, eax",
         "xor edx, [esp + 12]",
         "or ecx, edx",
         "xor ebx, [esp + 12]",
@@ -256,9 +292,6 @@ unsafe extern "C" fn enter(site: u32, kind: u32, pattern: u32) -> u32 {
         "or ecx, edi",
         "xor ebp, [esp + 12]",
         "or ecx, ebp",
-        // EAX holds the flags, as argument and as answer.
-        "xor eax, [esp]",
-        "or ecx, eax",
         "mov eax, ecx",
         "add esp, 16",
         "pop ebp",
@@ -268,6 +301,9 @@ unsafe extern "C" fn enter(site: u32, kind: u32, pattern: u32) -> u32 {
         "ret",
         code = const KERNEL_CODE,
         transfers = const TRANSFERS,
+        disables = const DISABLES,
+        enables = const ENABLES,
+        interrupt_flag = const INTERRUPT_FLAG,
     )
 }
 
@@ -298,6 +334,10 @@ unsafe extern "C" fn interrupted() {
 #[unsafe(naked)]
 unsafe extern "C" fn died() {
     naked_asm!(
+        "pop dword ptr [{task} + {frame}]",
+        "pop dword ptr [{task} + {frame} + 4]",
+        "pop dword ptr [{task} + {frame} + 8]",
+        "pop dword ptr [{task} + {frame} + 12]",
         "lock inc dword ptr [{task} + {dead}]",
         "lock inc dword ptr [{task} + {done}]",
         "2: cli",
@@ -305,6 +345,7 @@ unsafe extern "C" fn died() {
         "jmp 2b",
         task = sym TASK,
         dead = const offset_of!(Task, dead),
+        frame = const offset_of!(Task, frame),
         done = const offset_of!(Task, done),
     )
 }
@@ -331,9 +372,11 @@ pub(crate) fn run(space: Space, rom: Rom, problems: &mut Problems) -> Result<u32
             apic.interrupt_others();
         }
         visit(expected);
-        finish(expected, problems)?;
+        finish(site, expected, problems)?;
     }
-    put_back(rom, expected, problems)?;
+    for call in PUT_BACK {
+        put_back(rom, call, expected, problems)?;
+    }
     let lost = TASK.lost.load(Ordering::Relaxed);
     if lost != 0 {
         problems.add(format_args!("registers were changed in {lost} visits"));
@@ -344,42 +387,59 @@ pub(crate) fn run(space: Space, rom: Rom, problems: &mut Problems) -> Result<u32
     Ok(expected + 1)
 }
 
-/// The transfer's site is put back again and again while everybody else runs it.
-fn put_back(rom: Rom, others: u32, problems: &mut Problems) -> Result<(), &'static str> {
-    let site = write_site(rom, number::IRET, 0);
-    let [first, ..] = site.bytes();
-    begin(site, TRANSFERS, ROUNDS);
+/// Calls whose site takes its last form by one byte, if there is a NOP behind it.
+const PUT_BACK: [CallNumber; 3] =
+    [number::IRET, number::DisableInterrupts, number::EnableInterrupts];
+
+/// A place at which nothing but the first byte lies in one word.
+const LAST_IN_WORD: u32 = 7;
+
+/// A call's site is put back again and again while everybody else runs it all the time.
+fn put_back(
+    rom: Rom,
+    call: CallNumber,
+    others: u32,
+    problems: &mut Problems,
+) -> Result<(), &'static str> {
+    let name = call.call().map_or("?", |call| call.name);
+    let [filler, ..] = FILLERS;
+    let site = Site::call(Place(LAST_IN_WORD), rom.answer(call.0).eip.get()).filled(filler);
+    site.write_before_return();
+    begin(site, kind_of(call), u32::MAX);
     let mut changes = 0;
-    while TASK.done.load(Ordering::Acquire) < others {
-        if site.is_rewritten() {
-            site.write_first(first);
-            changes += 1;
+    for _ in 0..PATIENCE {
+        changes += u32::from(site.put_back_first());
+        if changes == ROUNDS || TASK.dead.load(Ordering::Relaxed) != 0 {
+            break;
         }
-        spin_loop();
+        spin_loop(); // An emulator gives the others their turn.
     }
-    if changes == 0 {
-        problems.add(format_args!("the site was never rewritten"));
+    TASK.visits.store(0, Ordering::Relaxed);
+    if changes < ROUNDS {
+        problems.add(format_args!("the site of {name} was rewritten {changes} times only"));
     }
-    crate::console::line!("# a site was put back {changes} times while {others} processors ran it");
-    finish(others, problems)
+    crate::console::line!(
+        "# the site of {name} was put back {changes} times while {others} processors ran it"
+    );
+    finish(site, others, problems)
 }
 
 fn kind_of(call: CallNumber) -> u32 {
     match call {
         number::IRET => TRANSFERS,
-        number::GetInterruptMask => ANSWERS,
+        number::DisableInterrupts => DISABLES,
+        number::EnableInterrupts => ENABLES,
         _ => KEEPS_ALL,
     }
 }
 
-/// The round's site: called directly or through a pointer, at every place in a line of memory.
+/// The round's site: called directly with each filler or through a pointer, at every place in a line of memory.
 fn write_site(rom: Rom, call: CallNumber, round: u32) -> Site {
     let answer = rom.answer(call.0);
     let place = Place(round / CALLS.len() as u32 % 64);
-    let site = if (round / 256).is_multiple_of(2) {
-        Site::call(place, answer.eip.get())
-    } else {
-        Site::pointer(place, answer.eip.get(), false)
+    let site = match FILLERS.get(round as usize / ROUNDS_OF_A_FORM % FORMS) {
+        Some(filler) => Site::call(place, answer.eip.get()).filled(filler),
+        None => Site::pointer(place, answer.eip.get(), false),
     };
     site.write_before_return();
     site
@@ -394,9 +454,11 @@ fn begin(site: Site, kind: u32, visits: u32) {
     TASK.round.fetch_add(1, Ordering::Release);
 }
 
+/// How often the first processor looks at what the others do before it gives up.
+const PATIENCE: u32 = 1 << 28;
+
 /// Waits for everybody.
-fn finish(others: u32, problems: &mut Problems) -> Result<(), &'static str> {
-    const PATIENCE: u32 = 1 << 28;
+fn finish(site: Site, others: u32, problems: &mut Problems) -> Result<(), &'static str> {
     for _ in 0..PATIENCE {
         if TASK.done.load(Ordering::Acquire) >= others {
             break;
@@ -407,7 +469,12 @@ fn finish(others: u32, problems: &mut Problems) -> Result<(), &'static str> {
     if dead == 0 && TASK.done.load(Ordering::Acquire) >= others {
         return Ok(());
     }
-    problems.add(format_args!("{dead} of {others} processors died of an exception, or hang"));
+    let frame = TASK.frame.each_ref().map(|word| word.load(Ordering::Relaxed));
+    problems.add(format_args!(
+        "{dead} of {others} processors died of an exception, or hang; the last one's stack is {frame:x?}, the site {site:x?} \
+         became {:x?}",
+        site.bytes()
+    ));
     Err("the other processors are lost")
 }
 

@@ -20,6 +20,7 @@
 //! - `xen`: Xen's own console and events, beside VMI,
 //! - `workload`: what a kernel does to page tables all day, and what that costs under the hypervisor,
 //! - `hostile`: what no guest should do to that hypervisor,
+//! - `fate`: bad ends, for the hypervisor to tell of,
 //! - `functions`: the functions that `vmi-abi` makes of the calls,
 //! - `checks`: one function for each call, under the specification's name.
 
@@ -41,6 +42,8 @@ mod costs;
 mod crowd;
 #[cfg(target_os = "none")]
 mod devices;
+#[cfg(target_os = "none")]
+mod fate;
 #[cfg(target_os = "none")]
 mod functions;
 #[cfg(target_os = "none")]

@@ -477,6 +477,11 @@ unsafe extern "C" fn switch_tables(root: u32, features: u32) {
     )
 }
 
+/// A message that is a non-maskable interrupt, and whom a message is for: this processor, or all others.
+const NMI: u32 = 0x400;
+const ITSELF: u32 = 1 << 18;
+const OTHERS: u32 = 3 << 18;
+
 /// The local APIC, mapped behind the test page.
 #[derive(Clone, Copy)]
 pub(crate) struct LocalApic {
@@ -523,36 +528,38 @@ impl LocalApic {
         const INIT: u32 = 0x500;
         const STARTUP: u32 = 0x600;
         // Hardware wants 10 milliseconds after the first message, and the second one twice.
-        self.send(INIT);
+        self.send(OTHERS, INIT);
         crate::devices::wait(10_000);
         for _ in 0..2 {
-            self.send(STARTUP | page);
+            self.send(OTHERS, STARTUP | page);
             crate::devices::wait(200);
         }
     }
 
     /// Sends a non-maskable interrupt to all other processors.
     pub(crate) fn interrupt_others(self) {
-        const NMI: u32 = 0x400;
-        self.send(NMI);
+        self.send(OTHERS, NMI);
     }
 
-    /// A message to all processors but this one.
-    fn send(self, message: u32) {
+    /// Sends one to this processor.
+    pub(crate) fn interrupt_itself(self) {
+        self.send(ITSELF, NMI);
+    }
+
+    /// A message to the processors that are meant.
+    fn send(self, whom: u32, message: u32) {
         const COMMAND: u32 = 0x300;
         const PENDING: u32 = 1 << 12;
         const ASSERT: u32 = 1 << 14;
-        const OTHERS: u32 = 3 << 18;
         while self.read(COMMAND) & PENDING != 0 {
             core::hint::spin_loop();
         }
-        self.write(COMMAND, OTHERS | ASSERT | message);
+        self.write(COMMAND, whom | ASSERT | message);
     }
 
     /// Lets the 8259's line arrive as an NMI, or as the interrupt that the 8259 names.
     pub(crate) fn wire_timer_as_nmi(self, nmi: bool) {
         const LOCAL_LINE_0: u32 = 0x350;
-        const NMI: u32 = 0x400;
         const EXTERNAL: u32 = 0x700;
         crate::devices::enable_timer_line(nmi);
         self.write(LOCAL_LINE_0, if nmi { NMI } else { EXTERNAL });

@@ -142,6 +142,8 @@ pub(crate) struct Session {
     pub(crate) rewriting: Option<Rewriting>,
     /// Where call sites are written.
     pub(crate) place: site::Place,
+    /// What is behind direct calls.
+    pub(crate) filler: &'static [u8],
     /// A site is written once for each form and then entered again as it is.
     pub(crate) reuse: bool,
     /// Sites call a jump to the code under test, and so prove nothing.
@@ -185,6 +187,7 @@ impl Session {
             variant: VARIANTS[0],
             rewriting: None,
             place: site::Place::default(),
+            filler: &[],
             reuse: false,
             by_jump: false,
             written: None,
@@ -209,7 +212,9 @@ impl Session {
                 RelocationType::NONE => Form::Pointer,
                 _ => self.rom.client.form().unwrap_or(variant.form),
             };
-            if possible == variant.form {
+            // A filler is behind a direct call.
+            let shows = self.filler.is_empty() || variant.form == Form::Patched;
+            if possible == variant.form && shows {
                 self.variant = variant;
                 test(self);
             }
@@ -413,7 +418,7 @@ impl Session {
             (Form::Pointer, _) => Site::pointer(self.place, target, through_ss),
             (Form::Patched, RelocationType::NOP) => Site::nop(self.place),
             (Form::Patched, _) if !self.is_called() => Site::jump(self.place, target),
-            (Form::Patched, _) => Site::call(self.place, target),
+            (Form::Patched, _) => Site::call(self.place, target).filled(self.filler),
         };
         if !self.reuse || self.written != Some(wanted) {
             wanted.write(return_point as *const () as u32);

@@ -12,8 +12,31 @@ use x86::controlregs::Cr0;
 /// CR0.WP.
 pub(crate) const WRITE_PROTECT: u32 = Cr0::CR0_WRITE_PROTECT.bits() as u32;
 
-/// The longest site: a call through a pointer.
-const LONGEST: usize = 6;
+/// The longest site: a direct call, and the longest filler behind it.
+const LONGEST: usize = BRANCH_SIZE as usize + 3;
+
+/// What kernels fill a site up with behind a direct call, and what only looks like that.
+pub(crate) const FILLERS: [&[u8]; 9] = [
+    &[NOP],
+    &[OPERAND_SIZE, NOP],
+    &[OPERAND_SIZE, OPERAND_SIZE, NOP],
+    &MOV_ESI,
+    &MOV_EAX,
+    // NOPs as well, which stay as they are.
+    &[0x0f, 0x1f, 0x00],
+    &[0x8d, 0x76, 0x00],
+    &[0xf3, 0x90],
+    &[OPERAND_SIZE, 0x89, 0xf6],
+];
+
+/// `nop`, the prefix that makes it longer, and MOV of a register to itself.
+const NOP: u8 = 0x90;
+const OPERAND_SIZE: u8 = 0x66;
+const MOV_ESI: [u8; 2] = [0x89, 0xf6];
+const MOV_EAX: [u8; 2] = [0x8b, 0xc0];
+
+/// `test eax, imm32`, which takes the place of a direct call whose distance nobody needs any more.
+const TEST_EAX: u8 = 0xa9;
 
 /// `call rel32`, `jmp rel32`, and the bytes of either.
 const CALL: u8 = 0xe8;
@@ -59,6 +82,8 @@ pub(crate) struct Site {
     address: u32,
     original: [u8; LONGEST],
     length: usize,
+    /// Bytes of it that call or jump; a filler follows.
+    branch: usize,
     /// What the pointer holds, if it has one.
     pointer: Option<u32>,
     /// What it calls is the code under test itself.
@@ -70,7 +95,24 @@ impl Site {
         let address = frames() + SITES + place.0;
         let mut original = [0; LONGEST];
         original[..bytes.len()].copy_from_slice(bytes);
-        Self { start: address, address, original, length: bytes.len(), pointer: None, proves: true }
+        let length = bytes.len();
+        Self {
+            start: address,
+            address,
+            original,
+            length,
+            branch: length,
+            pointer: None,
+            proves: true,
+        }
+    }
+
+    /// The same site, with a filler behind it.
+    pub(crate) fn filled(mut self, filler: &[u8]) -> Self {
+        let end = self.branch + filler.len();
+        self.original[self.branch..end].copy_from_slice(filler);
+        self.length = end;
+        self
     }
 
     fn branch(place: Place, opcode: u8, target: u32) -> Self {
@@ -152,9 +194,13 @@ impl Site {
         write(self.address + self.length as u32, &[RETURN]);
     }
 
-    /// Writes its first byte alone.
-    pub(crate) fn write_first(&self, byte: u8) {
-        write(self.address, &[byte]);
+    /// Writes its first byte alone, if another is there; whether that was so.
+    pub(crate) fn put_back_first(&self) -> bool {
+        let changed = self.bytes()[0] != self.original[0];
+        if changed {
+            write(self.address, &self.original[..1]);
+        }
+        changed
     }
 
     fn write_alone(&self) {
@@ -191,6 +237,30 @@ impl Site {
     /// Bytes of the longest piece, from the first on, that lies in one aligned word.
     fn in_a_word(&self) -> u32 {
         WORD - self.address % WORD
+    }
+
+    /// Where a call of it returns to.
+    fn end(&self) -> u32 {
+        self.address + self.branch as u32
+    }
+
+    /// The filler's first two bytes, if they lie in the site's page.
+    fn filler(&self) -> Option<[u8; 2]> {
+        let in_page = (1..PAGE - 1).contains(&(self.end() % PAGE));
+        let [first, second] = [self.branch, self.branch + 1].map(|place| self.original[place]);
+        (in_page && self.length > self.branch).then_some([first, second])
+    }
+
+    /// Whether a NOP of one byte is behind a direct call, perhaps with prefixes.
+    fn has_nop(&self) -> bool {
+        let filler = self.filler().filter(|_| self.original[0] == CALL);
+        matches!(filler, Some([NOP, _] | [OPERAND_SIZE, NOP | OPERAND_SIZE]))
+    }
+
+    /// Whether what is behind the call is two bytes of another NOP, in one word.
+    fn has_mov(&self) -> bool {
+        let in_a_word = self.end() % WORD != WORD - 1;
+        in_a_word && self.filler().is_some_and(|filler| [MOV_ESI, MOV_EAX].contains(&filler))
     }
 }
 
@@ -257,14 +327,20 @@ impl Rewriting {
         Some(Self { plain, native: Native::of(call, own)?, returns, rule })
     }
 
+    /// Whether the call comes back and is one instruction of one byte.
+    pub(crate) fn is_one_byte(&self) -> bool {
+        self.returns && self.native.length == 1
+    }
+
     /// What must become of a site, from the rule alone.
     ///
     /// All of it changes at once, in one aligned word, unless there is only one processor: the
-    /// native code, then a NOP, or a jump where a NOP would reach into the next word. A direct call
-    /// for which there is no room is led to the plain code, by its lowest byte alone.
+    /// native code, then a NOP, or a jump where a NOP would reach into the next word. If there is no
+    /// room for that, CLI or STI goes to a NOP behind a direct call, and the call becomes a TEST. Any other
+    /// direct call is led to the plain code, by its lowest byte alone.
     pub(crate) fn outcome(&self, site: &Site) -> Wanted {
         let mut bytes = site.original;
-        let length = site.length as u32;
+        let length = site.branch as u32;
         let native = self.native.bytes();
         let code = native.len() as u32;
         let (least, most) = if self.returns { (code + 2, length) } else { (code, code) };
@@ -274,12 +350,12 @@ impl Rewriting {
         if self.rule == SiteRule::Never || crosses || !site.proves || site.original[0] == JUMP {
             return Wanted { bytes, is_native: false };
         }
-        let rest = native.len()..site.length;
+        let rest = native.len()..site.branch;
         if self.rule == SiteRule::Anywhere || most <= room {
             bytes[..native.len()].copy_from_slice(native);
             if self.returns {
-                bytes[rest.clone()].fill(0x66);
-                bytes[rest.end - 1] = 0x90;
+                bytes[rest.clone()].fill(OPERAND_SIZE);
+                bytes[rest.end - 1] = if site.has_nop() { OPERAND_SIZE } else { NOP };
             }
             return Wanted { bytes, is_native: true };
         }
@@ -291,8 +367,20 @@ impl Rewriting {
             }
             return Wanted { bytes, is_native: true };
         }
+        let behind = site.branch;
+        if self.is_one_byte()
+            && let [instruction] = native
+            && (site.has_nop() || site.has_mov())
+        {
+            bytes[0] = TEST_EAX;
+            bytes[behind] = *instruction;
+            if site.has_mov() {
+                bytes[behind + 1] = NOP;
+            }
+            return Wanted { bytes, is_native: true };
+        }
         if bytes[0] == CALL {
-            let distance = self.plain.wrapping_sub(site.address + BRANCH_SIZE).to_le_bytes();
+            let distance = self.plain.wrapping_sub(site.end()).to_le_bytes();
             if distance[1..] == site.original[2..5] {
                 bytes[1] = distance[0];
             }

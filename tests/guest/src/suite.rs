@@ -14,10 +14,11 @@ use crate::paging::{self, Mode, Space};
 use crate::report::{self, Problems, Report};
 use crate::rom::{self, Rom};
 use crate::session::Session;
-use crate::site::{self, Place, Rewriting};
+use crate::site::{self, FILLERS, Place, Rewriting};
 use crate::traps;
 use crate::{
-    checks, command_line, console, costs, crowd, devices, functions, host, segments, workload, xen,
+    checks, command_line, console, costs, crowd, devices, fate, functions, host, segments,
+    workload, xen,
 };
 use vmi_abi::flags::RebootKind;
 use vmi_abi::header::checksum;
@@ -196,6 +197,9 @@ fn first_start(client: Client) -> ! {
     if command_line::has("rewrite-sites") {
         rom.allow_rewriting();
     }
+    if let Some(name) = command_line::value("end") {
+        fate::meet(name, space)
+    }
     if command_line::has("workload") {
         run_in_each_mode(report, space, rom, workload::run)
     }
@@ -336,11 +340,25 @@ fn check_sites(session: &mut Session) {
     let last_mode = session.space.mode == Mode::Pae || !paging::has_pae();
     if session.rom.place == rom::Place::Direct && last_mode {
         site::protect(session.space, true);
-        let across_pages = (1..=6).map(Place::before_border);
-        for place in (1..WORST_ALIGNMENT).map(Place).chain(across_pages) {
+        let places = || {
+            let around_border = (1..=8).map(Place::before_border);
+            (1..=WORST_ALIGNMENT).map(Place).chain(around_border)
+        };
+        for place in places() {
             session.place = place;
             checks::check(session);
         }
+        // What is behind a site matters to those of one byte at each place, to the others hardly.
+        let (fillers, step) =
+            if rewriting.is_one_byte() { (&FILLERS[..], 1) } else { (&FILLERS[..2], 16) };
+        for filler in fillers {
+            session.filler = filler;
+            for place in places().step_by(step) {
+                session.place = place;
+                checks::check(session);
+            }
+        }
+        session.filler = &[];
         site::protect(session.space, false);
         session.place = Place::default();
     }

@@ -1,4 +1,4 @@
-//! What a kernel does to page tables all day: four pieces of work, done as Linux 2.6 does them, through the
+//! What a kernel does to page tables all day: five pieces of work, done as Linux 2.6 does them, through the
 //! ROM's calls where it has some.
 //!
 //! Each looks at what came of it: the data that is seen, the frames that it landed in, the faults that there
@@ -12,12 +12,14 @@
 //! subtracted. The first round of each work is not counted: a system that has run for a while is meant.
 //!
 //! - `kernel`: the steps, each by a call or by the kernel's own instructions,
-//! - `process`: address spaces made of these steps.
+//! - `process`: address spaces made of these steps,
+//! - `program`: the pages of a small program, and the page faults by which it gets them.
 
 #![expect(unsafe_code, reason = "UNSAFETY: routines in assembly that the harness runs")]
 
 mod kernel;
 mod process;
+mod program;
 
 use crate::checks::read;
 use crate::console::line;
@@ -32,6 +34,7 @@ use crate::{processor, site, suite, traps};
 use core::arch::naked_asm;
 use kernel::{Kernel, TASK_SWITCHED, take_changed};
 use process::{Area, LIBRARIES, MAPPING, Memory, PROGRAM, Process, Sharing, mark, word};
+use program::Shell;
 use vmi_abi::flags::LazyMode;
 use vmi_hv_backend::reference::interface::Counters;
 
@@ -46,8 +49,9 @@ struct Workload {
     round: fn(&mut Stage, &mut Problems) -> Sample,
 }
 
-const WORKLOADS: [Workload; 4] = [
+const WORKLOADS: [Workload; 5] = [
     Workload { name: "fork", operations: 1, round: fork },
+    Workload { name: "fork, exec, exit", operations: 1, round: start_program },
     Workload { name: "mmap, touch, munmap", operations: 1, round: map_and_unmap },
     Workload { name: "mprotect", operations: 2, round: protect },
     Workload { name: "context switch", operations: SWITCHES, round: switch_contexts },
@@ -73,6 +77,8 @@ struct Stage {
     other_program: u32,
     /// Frames for copied pages.
     copies: u32,
+    /// A process that starts programs.
+    shell: Shell,
     round: u32,
 }
 
@@ -157,6 +163,7 @@ impl Stage {
         process.map(PROGRAM, program, &mut memory);
         process.map(LIBRARIES, libraries, &mut memory);
         other.map(Area { pages: TOUCHED, ..PROGRAM }, other_program, &mut memory);
+        let shell = Shell::new(kernel, swapper, &mut memory);
         let hypervisor = Hypervisor::find();
         let reading = Counters::ZERO;
         let round = 0;
@@ -173,6 +180,7 @@ impl Stage {
             other,
             other_program,
             copies,
+            shell,
             round,
         };
         // The first time warms up.
@@ -187,6 +195,7 @@ impl Stage {
         self.kernel.enter(self.swapper);
         self.process.exit(&mut self.memory);
         self.other.exit(&mut self.memory);
+        self.shell.exit(&mut self.memory);
     }
 
     /// Does something, and says what it cost.
@@ -235,7 +244,7 @@ fn fork(stage: &mut Stage, problems: &mut Problems) -> Sample {
     let mut faults = [0; 2];
     let mut left = [0; WRITTEN as usize];
     let sample = stage.counted(|stage| {
-        let child = parent.fork(stage.swapper, &mut stage.memory);
+        let child = parent.fork(&[PROGRAM, LIBRARIES], stage.swapper, &mut stage.memory);
         stage.switch_to(child);
         sees(PROGRAM, TOUCHED, program, problems);
         sees(LIBRARIES, TOUCHED, libraries, problems);
@@ -270,6 +279,18 @@ fn fork(stage: &mut Stage, problems: &mut Problems) -> Sample {
     }
     sees(PROGRAM, PROGRAM.pages, program, problems);
     sees(LIBRARIES, LIBRARIES.pages, libraries, problems);
+    sample
+}
+
+/// A shell starts a small program: the child of a fork becomes it, runs for a moment and ends.
+fn start_program(stage: &mut Stage, problems: &mut Problems) -> Sample {
+    let first = 0x1000_0000 * (stage.round + 1);
+    let process = stage.process;
+    stage.switch_to(stage.shell.process);
+    let sample = stage.counted(|stage| {
+        stage.shell.start(first, stage.swapper, &mut stage.memory, problems);
+    });
+    stage.switch_to(process);
     sample
 }
 
@@ -390,7 +411,12 @@ fn switch_contexts(stage: &mut Stage, problems: &mut Problems) -> Sample {
 
 /// Checks that pages show the frames from one on.
 fn sees(area: Area, pages: u32, frame: u32, problems: &mut Problems) {
-    let outcome = run_over(compare_pages, area.start, pages, mark(frame), None);
+    reads(area, pages, mark(frame), None, problems);
+}
+
+/// Checks that pages begin with a number, one more in each.
+fn reads(area: Area, pages: u32, first: u32, demand: Option<Demand>, problems: &mut Problems) {
+    let outcome = run_over(compare_pages, area.start, pages, first, demand);
     judge("reading", area, pages, &outcome, problems);
 }
 

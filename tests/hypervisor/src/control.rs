@@ -122,6 +122,7 @@ impl Guest {
         value: u32,
     ) {
         let before = self.own;
+        self.record.set_detail(value);
         let valid = match register {
             Register::CR0 => {
                 self.counters.control_writes += 1;

@@ -2,8 +2,8 @@
 
 use crate::console::{break_line, line};
 use crate::guest::{Guest, INVALID_OPCODE};
-use crate::report::{Ending, exit};
-use crate::svm::{RAX, RBX, RCX, RDX, exit as code};
+use crate::report::Ending;
+use crate::svm::{Intercepts, RAX, RBX, RCX, RDX, exit as code};
 use vmi_hypervisor::emulate;
 use vmi_hypervisor::hypercall::{Call, Machine, Outcome};
 use vmi_hypervisor::memory::{FRAME, Memory, Place};
@@ -21,6 +21,8 @@ impl Guest {
         if self.vmcb.control.exit_code != code::PAGE_FAULT {
             self.take_back();
         }
+        let control = &mut self.vmcb.control;
+        control.set_intercepts(control.intercepts() | Intercepts::NMI);
         match self.vmcb.control.exit_code {
             code::PAGE_FAULT => self.page_fault(),
             code::NESTED_PAGE_FAULT => self.nested_page_fault(),
@@ -55,6 +57,10 @@ impl Guest {
                     format_args!("the guest's processor shut down: a triple fault"),
                 );
             }
+            code::NMI => {
+                self.counters.other_exits += 1;
+                self.non_maskable_interrupt();
+            }
             code::TASK_SWITCH => {
                 self.counters.other_exits += 1;
                 self.fail(
@@ -62,7 +68,7 @@ impl Guest {
                     format_args!("a task switch by hardware, which would load CR3"),
                 );
             }
-            code::INVALID => {
+            code::INVALID | code::INVALID_LOW => {
                 self.fail(Ending::OwnFault, format_args!("the processor refuses VMRUN"));
             }
             other => {
@@ -70,6 +76,16 @@ impl Guest {
                 self.fail(Ending::OwnFault, format_args!("exit {other:#x} was not asked for"));
             }
         }
+    }
+
+    /// An NMI is the guest's own, which takes it as soon as it goes on, or tells to stop it: that reaches a guest that holds back
+    /// all other interrupts.
+    fn non_maskable_interrupt(&mut self) {
+        if self.record.is_to_stop() {
+            self.fail(Ending::TimeLimit, format_args!("the guest's time is over"));
+        }
+        let control = &mut self.vmcb.control;
+        control.set_intercepts(control.intercepts() - Intercepts::NMI);
     }
 
     fn page_fault(&mut self) {
@@ -113,6 +129,7 @@ impl Guest {
         self.counters.invalidations += 1;
         let instruction = self.decode();
         let linear = emulate::address(&instruction, &self.state());
+        self.record.set_detail(linear);
         if let Some(shadow) = &mut self.shadow {
             shadow.invalidate_page(&self.own, &self.machine, linear);
         }
@@ -141,6 +158,7 @@ impl Guest {
         .call(call);
         match outcome {
             Outcome::Return(status, edx) => {
+                self.record.set_result(status as i32 as u32);
                 self.set_register(RAX, status as i32 as u32);
                 self.set_register(RDX, edx);
                 if self.shadow.is_none() {
@@ -154,8 +172,7 @@ impl Guest {
             Outcome::Stop { address, bytes } => {
                 break_line();
                 self.show(address, bytes);
-                self.conclude(format_args!("the guest asks to be stopped"));
-                exit(Ending::Stopped)
+                self.fail(Ending::Stopped, format_args!("the guest asks to be stopped"))
             }
         }
     }

@@ -3,22 +3,25 @@
 #![expect(unsafe_code, reason = "UNSAFETY: entering the guest, its devices' memory")]
 
 use crate::canary::Quirks;
-use crate::console::{break_line, line};
+use crate::console::{break_line, drain, line};
 use crate::lend::Lent;
 use crate::loader::Entry;
 use crate::machine::{Machine, OWN, load, store};
 use crate::options::{Options, Paging};
+use crate::ports::KEYBOARD_PORT;
+use crate::record::Record;
 use crate::report::{self, Ending};
 use crate::svm::{
     EVENT_EXCEPTION, EVENT_HAS_CODE, EVENT_INTERRUPT, EVENT_NMI, EVENT_VALID, FLUSH_ALL,
-    Intercepts, NESTED_PAGING, RAX, RBX, RSI, RSP, Registers, SEGMENT_32_BIT, SVM_ENABLE, Vmcb,
-    enter,
+    Intercepts, NESTED_PAGING, RAX, RBX, RCX, RSI, RSP, Registers, SEGMENT_32_BIT, SVM_ENABLE,
+    Vmcb, enter, exit as code,
 };
 use crate::{nested, vcpu};
 use core::arch::x86_64::{__cpuid, _rdtsc};
 use core::fmt;
 use iced_x86::{Decoder, DecoderOptions, Instruction};
 use vmi_hv_backend::reference::interface::Counters;
+use vmi_hv_backend::reference::record::{DELIVERED, Exit, NEVER, START};
 use vmi_hypervisor::emulate::{self, Bus};
 use vmi_hypervisor::memory::{FRAME, Memory, Place};
 use vmi_hypervisor::shadow::{Frame, Page, Shadow, Slot, Storage};
@@ -43,6 +46,7 @@ const SINGLE_STEP: u64 = 1 << 14;
 /// Vectors.
 const DEBUG: u8 = 1;
 pub(crate) const INVALID_OPCODE: u8 = 6;
+const NON_MASKABLE: u8 = 2;
 const BREAKPOINT: u8 = 3;
 const OVERFLOW: u8 = 4;
 const DOUBLE_FAULT: u8 = 8;
@@ -67,6 +71,9 @@ pub(crate) struct Guest {
     pub(crate) options: Options,
     pub(crate) quirks: Quirks,
     pub(crate) counters: Counters,
+    pub(crate) record: Record,
+    /// The ACPI port that switches the machine off.
+    pub(crate) power_port: Option<u16>,
     started: u64,
     exited: u64,
     /// Page tables that it may store to for a while.
@@ -100,6 +107,8 @@ impl Guest {
             options,
             quirks,
             counters: Counters::ZERO,
+            record: Record::new(),
+            power_port: None,
             started: ticks(),
             exited: ticks(),
             lent: Lent::default(),
@@ -124,10 +133,18 @@ impl Guest {
             vcpu::use_table(self.vmcb, table);
         }
         let left = self.machine.left() >> 20;
-        line!("the guest starts at {:#x}; {left} MiB are left", entry.eip);
+        line!("{START}{:#x}; {left} MiB are left", entry.eip);
         self.counters = Counters::ZERO;
+        self.power_port = crate::acpi::power_port();
+        if let Some(port) = self.power_port {
+            // What is written to switch it off is in the upper byte.
+            vcpu::intercept_port(port);
+            vcpu::intercept_port(port + 1);
+        }
+        vcpu::intercept_port(KEYBOARD_PORT);
         self.started = ticks();
         self.exited = self.started;
+        self.record.start(self.started);
         loop {
             self.enter();
             self.handle();
@@ -173,7 +190,11 @@ impl Guest {
         self.vmcb.control.tlb_control = if flush { FLUSH_ALL } else { 0 };
         self.vmcb.state.rax = self.registers[RAX];
         self.vmcb.state.rsp = self.registers[RSP];
-        self.counters.host_ticks += ticks().wrapping_sub(self.exited);
+        let spent = ticks().wrapping_sub(self.exited);
+        self.counters.host_ticks += spent;
+        let event = self.vmcb.control.event_injection;
+        let delivered = if event & EVENT_VALID == 0 { 0 } else { event as u16 | DELIVERED };
+        self.record.done(&self.counters, spent.min((NEVER - 1).into()) as u32, delivered);
         // SAFETY: the block is complete; what its tables lead to is the guest's.
         unsafe { enter(&mut self.registers, vcpu::address(self.vmcb), vcpu::host_area()) };
         self.exited = ticks();
@@ -181,6 +202,23 @@ impl Guest {
         self.registers[RSP] = self.vmcb.state.rsp;
         self.vmcb.control.event_injection = 0;
         self.read_own();
+        self.record.exited(self.exit(), &self.counters);
+    }
+
+    /// The last exit, as the processor tells of it.
+    fn exit(&self) -> Exit {
+        let control = &self.vmcb.control;
+        let (detail, result) = match control.exit_code {
+            code::PAGE_FAULT | code::NESTED_PAGE_FAULT => {
+                (control.exit_info_2 as u32, control.exit_info_1 as u32)
+            }
+            code::CPUID | code::VMMCALL => (self.register(RAX), 0),
+            code::MSR => (self.register(RCX), 0),
+            code::PORT => (control.exit_info_1 as u32 >> 16, 0),
+            code => (code as u32, 0),
+        };
+        let (exited, eip, cr3) = (self.exited, self.vmcb.state.rip as u32, self.own.cr3);
+        Exit { exited, eip, cr3, detail, result, ..Exit::default() }
     }
 
     /// What the guest did to its control registers without an exit.
@@ -306,7 +344,7 @@ impl Guest {
 
     /// What was being delivered when the exit came is delivered now, unless something else has to be.
     ///
-    /// INT, INT3 and INTO are executed again instead. QEMU calls interrupts of devices exceptions.
+    /// INT, INT3 and INTO are executed again instead. QEMU calls interrupts of devices exceptions, and NMIs too.
     pub(crate) fn resume_event(&mut self) {
         let event = self.vmcb.control.exit_interrupt;
         if event & EVENT_VALID == 0 || self.vmcb.control.event_injection != 0 {
@@ -315,6 +353,7 @@ impl Guest {
         let vector = event as u8;
         let kind = match event >> 8 & 7 {
             EVENT_EXCEPTION if vector >= FIRST_INTERRUPT => EVENT_INTERRUPT,
+            EVENT_EXCEPTION if vector == NON_MASKABLE => EVENT_NMI,
             EVENT_EXCEPTION if vector == BREAKPOINT || vector == OVERFLOW => return,
             kind @ (EVENT_INTERRUPT | EVENT_NMI | EVENT_EXCEPTION) => kind,
             _ => return,
@@ -391,12 +430,16 @@ impl Guest {
 
     /// Says what the guest cost.
     pub(crate) fn conclude(&self, reason: fmt::Arguments<'_>) {
+        self.record.done(&self.counters, NEVER, 0);
+        break_line();
         line!("{reason}");
         report::counters(&self.counters_now());
+        drain();
     }
 
     /// Ends the guest, which did not end itself.
     pub(crate) fn fail(&self, ending: Ending, reason: fmt::Arguments<'_>) -> ! {
+        self.record.done(&self.counters, NEVER, 0);
         break_line();
         line!("{reason}");
         report::registers(&self.vmcb.state, &self.registers);
@@ -418,6 +461,7 @@ impl Guest {
             control.exit_info_2,
             control.exit_interrupt
         );
+        self.record.say();
         report::counters(&self.counters_now());
         report::exit(ending)
     }

@@ -8,7 +8,7 @@ use crate::shadow::Shadow;
 use crate::walk::{Level, Mode, PRESENT, Registers, find};
 use core::mem::size_of;
 use vmi_abi::number;
-use vmi_hv_backend::reference::interface::{Counters, Hypercall, Status};
+use vmi_hv_backend::reference::interface::{Counters, Hypercall, PHYSICAL, Status};
 use vmi_hv_backend::{CallNumber, Update};
 
 /// The most bytes of the text of [`Hypercall::Stop`].
@@ -147,17 +147,20 @@ impl<M: Memory, H: Fn(u64) -> bool> Machine<'_, '_, M, H> {
             number::SetPxELong => {
                 self.set_entry(address, 8, u64::from(high) << 32 | u64::from(low))
             }
-            number::UpdatePxE => self.entry_changed(address, 4),
-            number::UpdatePxELong => self.entry_changed(address, 8),
+            number::UpdatePxE => self.entry_changed(address, 4, flags),
+            number::UpdatePxELong => self.entry_changed(address, 8, flags),
             number::AllocatePage | number::ReleasePage => {
                 if !is_readable(self.memory.place(address.into())) {
                     return Err(Status::BadAddress);
                 }
+                let frame = u64::from(address);
                 match &mut self.shadow {
                     Some(shadow) if update.call == number::AllocatePage => {
-                        shadow.announce(address.into())
+                        shadow.announce(frame);
+                        // It may have been one before, without an end.
+                        shadow.written(self.registers, self.memory, frame * FRAME, FRAME as usize);
                     }
-                    Some(shadow) => shadow.release(address.into()),
+                    Some(shadow) => shadow.release(frame),
                     None => {}
                 }
                 Ok(())
@@ -197,11 +200,14 @@ impl<M: Memory, H: Fn(u64) -> bool> Machine<'_, '_, M, H> {
             return Err(Status::BadAddress);
         }
         let found = find(self.registers, self.memory, linear).map_err(|_| Status::BadAddress)?;
-        if is_readable(self.memory.place(found.physical / FRAME)) {
-            Ok(found.physical)
-        } else {
-            Err(Status::BadAddress)
-        }
+        self.readable(found.physical, size)
+    }
+
+    /// A guest-physical address, if an entry can be there.
+    fn readable(&self, physical: u64, size: u32) -> Result<u64, Status> {
+        let is_one = physical.is_multiple_of(size.into())
+            && is_readable(self.memory.place(physical / FRAME));
+        if is_one { Ok(physical) } else { Err(Status::BadAddress) }
     }
 
     fn set_entry(&mut self, linear: u32, size: u32, value: u64) -> Result<(), Status> {
@@ -215,8 +221,12 @@ impl<M: Memory, H: Fn(u64) -> bool> Machine<'_, '_, M, H> {
         self.store(physical, size as usize, value)
     }
 
-    fn entry_changed(&mut self, linear: u32, size: u32) -> Result<(), Status> {
-        let physical = self.entry(linear, size)?;
+    fn entry_changed(&mut self, address: u32, size: u32, flags: u32) -> Result<(), Status> {
+        let physical = if flags & PHYSICAL == 0 {
+            self.entry(address, size)?
+        } else {
+            self.readable(address.into(), size)?
+        };
         if let Some(shadow) = &mut self.shadow {
             shadow.written(self.registers, self.memory, physical, size as usize);
         }

@@ -7,10 +7,14 @@ use crate::multiboot::{Loader, Module, Range, USABLE};
 use crate::report::{Ending, give_up};
 use core::mem::{align_of, size_of};
 use vmi_hv_backend::reference::interface::OWN_MEMORY;
+use vmi_hv_backend::reference::record::RECORD;
 use vmi_hypervisor::memory::{FRAME, Memory, Place};
 
 /// The hypervisor's own memory.
 pub(crate) const OWN: core::ops::Range<u64> = OWN_MEMORY.start as u64..OWN_MEMORY.end as u64;
+
+/// The end of the hypervisor's memory that can be taken: behind it lies the record of exits.
+const END_OF_FREE: u64 = RECORD.start as u64;
 
 /// The end of what is mapped, and of what the guest can have.
 pub(crate) const END: u64 = 1 << 32;
@@ -74,6 +78,12 @@ impl Machine {
             );
         }
         let used = loader.end_within(OWN.start, OWN.end).max(boot::end_of_image());
+        if used > END_OF_FREE {
+            give_up(
+                Ending::BadArguments,
+                format_args!("the modules do not leave the hypervisor enough of its own memory"),
+            );
+        }
         let mut machine = Self {
             usable,
             count,
@@ -97,7 +107,7 @@ impl Machine {
         let start = self.next;
         let bytes = (count * size_of::<T>()) as u64;
         let end = (start + bytes).next_multiple_of(FRAME);
-        if end > OWN.end {
+        if end > END_OF_FREE {
             give_up(Ending::UnfitMachine, format_args!("the hypervisor's own memory is used up"));
         }
         self.next = end;
@@ -128,7 +138,7 @@ impl Machine {
 
     /// The hypervisor's memory that is left.
     pub(crate) fn left(&self) -> u64 {
-        OWN.end - self.next
+        END_OF_FREE - self.next
     }
 
     /// The end of the highest memory below 4 GiB.

@@ -8,12 +8,14 @@
 //! - [`machine`], [`loader`], [`place`]: memory, the guest in it, the ROM in it,
 //! - [`svm`], [`vcpu`], [`canary`]: the processor's side,
 //! - [`guest`]: the guest's registers and memory, and how it goes on after an exit,
-//! - [`exits`], [`control`], [`cpuid`], [`msr`], [`ports`], [`lend`]: what an exit needs,
+//! - [`exits`], [`control`], [`cpuid`], [`msr`], [`ports`], [`acpi`], [`lend`]: what an exit needs,
 //! - [`post`]: the ROM's entry; [`nested`]: tables for nested paging,
-//! - [`report`]: the end.
+//! - [`record`], [`report`]: the last exits, the end.
 
 #![cfg_attr(target_os = "none", no_std, no_main)]
 
+#[cfg(target_os = "none")]
+mod acpi;
 #[cfg(target_os = "none")]
 mod boot;
 #[cfg(target_os = "none")]
@@ -52,6 +54,8 @@ mod place;
 mod ports;
 #[cfg(target_os = "none")]
 mod post;
+#[cfg(target_os = "none")]
+mod record;
 #[cfg(target_os = "none")]
 mod report;
 #[cfg(target_os = "none")]

@@ -6,31 +6,15 @@ use crate::console::{drain, line};
 use crate::svm::{RBP, RBX, RCX, RDI, RDX, RSI, Registers, State};
 use core::fmt;
 use vmi_hv_backend::reference::interface::Counters;
+pub(crate) use vmi_hv_backend::reference::record::Ending;
 
 /// The exit device's port: what is written ends QEMU, whose status is twice the value and one more. A guest that ends itself
 /// writes its own value.
 pub(crate) const EXIT_PORT: u16 = 0xf4;
 
-/// What the hypervisor writes when it ends the guest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-pub(crate) enum Ending {
-    /// The processor has no SVM or no long mode, QEMU does not intercept what it should, or memory is short. QEMU's status: 65.
-    UnfitMachine = 0x20,
-    /// The command line or a module cannot be used. QEMU's status: 67.
-    BadArguments = 0x21,
-    /// The guest's processor shut down: a triple fault. QEMU's status: 69.
-    TripleFault = 0x22,
-    /// The guest asked to be stopped, by the hypercall Stop. QEMU's status: 71.
-    Stopped = 0x23,
-    /// The guest did what the hypervisor cannot do for it. QEMU's status: 73.
-    Unsupported = 0x24,
-    /// The hypervisor is wrong: an exception or a panic of its own, or a refused VMRUN. QEMU's status: 75.
-    OwnFault = 0x25,
-}
-
 /// Ends QEMU.
 pub(crate) fn exit(ending: Ending) -> ! {
+    line!("ending {}", ending.name());
     drain();
     // SAFETY: the exit device. Where there is none nothing happens.
     unsafe { x86::io::outb(EXIT_PORT, ending as u8) };

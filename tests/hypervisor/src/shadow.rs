@@ -7,7 +7,9 @@
 //!
 //! An entry is filled in when the guest needs it: [`Shadow::fault`]. There the guest's accessed and dirty bits are set as its
 //! processor would have, so an entry stands for one that was accessed, and allows stores only where the guest's is dirty.
-//! Those that are accessed already are filled in with their table.
+//! Those that are accessed already are filled in with their table, and tables that are announced with the entry that leads to them:
+//! when that is told, or when their directory is made. Directories that are announced are made when CR3 is loaded. What is
+//! announced costs nothing to keep; a table that is watched is made when it is used, since each store to it costs.
 //!
 //! A guest's table that has a shadow is watched, unless it is announced: no shadow entry allows a store to it. A store is
 //! then emulated by the caller, who tells [`Shadow::written`]. A table that no other one leads to any more is not watched
@@ -317,7 +319,7 @@ impl<'a> Shadow<'a> {
             let start = frame * FRAME;
             let bytes =
                 (physical.max(start) - start) as usize..(end.min(start + FRAME) - start) as usize;
-            // No slot comes or goes while its entries follow.
+            // No slot goes while its entries follow, and one that comes is put before all others of its list.
             let mut next = self.head(frame);
             while let Some(slot) = next {
                 let key = self.slots[slot].key;
@@ -476,7 +478,7 @@ impl Shadow<'_> {
         } else {
             Some(Self::two_level_directory(registers, quarter))
         };
-        let directory = key.and_then(|key| self.find(&key));
+        let directory = key.and_then(|key| self.find_or_make_ahead(memory, key));
         let value = directory.map_or(0, |directory| self.table_address(directory) | PRESENT);
         self.set(ROOT, quarter, value);
     }
@@ -496,7 +498,7 @@ impl Shadow<'_> {
     }
 
     /// The shadow entry that is made from a guest's entry: for an access that succeeded, or, with `None`, as far as one would
-    /// not change the guest's entry, and without making a table.
+    /// not change the guest's entry, and making no table but ahead.
     fn made_of(
         &mut self,
         memory: &impl Memory,
@@ -539,7 +541,7 @@ impl Shadow<'_> {
         };
         let table = match access {
             Some(_) => self.find_or_make(memory, key),
-            None => match self.find(&key) {
+            None => match self.find_or_make_ahead(memory, key) {
                 Some(table) => table,
                 None => return 0,
             },
@@ -657,6 +659,16 @@ impl Shadow<'_> {
 
     fn find(&self, key: &Key) -> Option<usize> {
         self.list(key.frame).find(|&slot| self.slots[slot].key == *key)
+    }
+
+    /// Finds a shadow, or makes one before it is needed, where that costs nothing later, and leaves the pool to what is needed.
+    fn find_or_make_ahead(&mut self, memory: &impl Memory, key: Key) -> Option<usize> {
+        let is_cheap = key.level().is_some() && self.is_announced(key.frame);
+        let reserve = (self.pool.len() / 4).max(LONGEST_PATH);
+        match self.find(&key) {
+            None if is_cheap && self.free_count > reserve => Some(self.find_or_make(memory, key)),
+            found => found,
+        }
     }
 
     fn find_or_make(&mut self, memory: &impl Memory, key: Key) -> usize {

@@ -37,6 +37,7 @@ bitflags! {
     /// The intercepts at 00Ch and, from bit 32 on, at 010h.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub(crate) struct Intercepts: u64 {
+        const NMI = 1 << 1;
         const CR0_SELECTIVE = 1 << 5;
         const CPUID = 1 << 18;
         const INVLPG = 1 << 25;
@@ -61,6 +62,7 @@ pub(crate) mod exit {
     pub(crate) const CR_WRITE: u64 = 0x10;
     pub(crate) const EXCEPTION: u64 = 0x40;
     pub(crate) const PAGE_FAULT: u64 = EXCEPTION + 14;
+    pub(crate) const NMI: u64 = 0x61;
     pub(crate) const CR0_SELECTIVE: u64 = 0x65;
     pub(crate) const CPUID: u64 = 0x72;
     pub(crate) const INVLPG: u64 = 0x79;
@@ -74,6 +76,8 @@ pub(crate) mod exit {
     pub(crate) const SKINIT: u64 = 0x86;
     pub(crate) const NESTED_PAGE_FAULT: u64 = 0x400;
     pub(crate) const INVALID: u64 = u64::MAX;
+    /// The same from QEMU, which writes the lower half.
+    pub(crate) const INVALID_LOW: u64 = u32::MAX as u64;
 }
 
 /// The control area.
@@ -111,6 +115,11 @@ impl Control {
     pub(crate) fn set_intercepts(&mut self, intercepts: Intercepts) {
         self.intercepts_low = intercepts.bits() as u32;
         self.intercepts_high = (intercepts.bits() >> 32) as u32;
+    }
+
+    pub(crate) fn intercepts(&self) -> Intercepts {
+        let bits = u64::from(self.intercepts_high) << 32 | u64::from(self.intercepts_low);
+        Intercepts::from_bits_retain(bits)
     }
 }
 

@@ -14,8 +14,9 @@ use vmi_hypervisor::walk::{CR0_PAGING, CR4_PAE};
 use x86::controlregs::Cr0;
 use x86::msr::IA32_EFER;
 
-/// What is intercepted in every mode. Interrupts, HLT and the clock are the guest's own.
+/// What is intercepted in every mode. Interrupts, HLT and the clock are the guest's own; so are NMIs, but for the one that is to stop it.
 pub(crate) const ALWAYS: Intercepts = Intercepts::CPUID
+    .union(Intercepts::NMI)
     .union(Intercepts::PORTS)
     .union(Intercepts::MSRS)
     .union(Intercepts::SHUTDOWN)
@@ -97,14 +98,13 @@ pub(crate) fn initialize() -> &'static mut Vmcb {
     unsafe { save_host(host_area()) };
 
     // SAFETY: one processor, and nobody else holds a reference to these statics. All zeros are a control block.
-    let (vmcb, ports, registers) = unsafe {
+    let (vmcb, registers) = unsafe {
         (
             &mut *(&raw mut BLOCK).cast::<Vmcb>(),
-            &mut *(&raw mut PORT_MAP).cast::<[u8; PORT_MAP_SIZE]>(),
             &mut *(&raw mut MSR_MAP).cast::<[u8; MSR_MAP_SIZE]>(),
         )
     };
-    ports[usize::from(EXIT_PORT / 8)] |= 1 << (EXIT_PORT % 8);
+    intercept_port(EXIT_PORT);
     for msr in MSRS {
         for (index, start) in MSR_RANGES.into_iter().enumerate() {
             let offset = msr.wrapping_sub(start) / 4;
@@ -115,6 +115,15 @@ pub(crate) fn initialize() -> &'static mut Vmcb {
         }
     }
     vmcb
+}
+
+/// From here on the port is not passed through.
+pub(crate) fn intercept_port(port: u16) {
+    // SAFETY: one processor, and nobody holds a reference to the map; the port's byte is in it.
+    unsafe {
+        let byte = (&raw mut PORT_MAP).cast::<u8>().add(usize::from(port / 8));
+        *byte |= 1 << (port % 8);
+    }
 }
 
 /// A processor in protected mode without paging, as a multiboot loader leaves it. Intercepts and RIP are for the caller.

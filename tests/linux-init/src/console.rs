@@ -55,6 +55,22 @@ macro_rules! line {
 }
 pub(crate) use line;
 
+/// Commands of `reboot`.
+const POWER_OFF: u32 = 0x4321_fedc;
+const RESTART: u32 = 0x0123_4567;
+
+/// Ends the machine as a system does that is done, if the word is one for that.
+pub(crate) fn end_by_kernel(word: &str) {
+    let command = match word {
+        "power-off" => POWER_OFF,
+        "restart" => RESTART,
+        _ => return,
+    };
+    system::call(number::IOCTL, &[STANDARD_OUTPUT, TCSBRK, 1]);
+    system::reboot(command);
+    line!("the kernel refuses to {word}");
+}
+
 /// Ends the machine by QEMU's exit device, and without one stops this processor.
 pub(crate) fn end(passed: bool) -> ! {
     system::call(number::IOCTL, &[STANDARD_OUTPUT, TCSBRK, 1]);

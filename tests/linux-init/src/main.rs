@@ -4,7 +4,7 @@
 //! `linux: all N tests passed`, or how many did not, and the verdict ends QEMU through its exit device.
 //!
 //! The kernel's command line passes words behind ` -- `: `forks=N` and `execs=N` let it start so many processes more, so that two
-//! runs tell what one costs; `only=NAME` runs one test.
+//! runs tell what one costs; `only=NAME` runs one test; `end=power-off` and `end=restart` let the kernel end the machine.
 //!
 //! - `start`: from the kernel's stack to [`main`],
 //! - `system`: system calls of the 32-bit interface, by `int 80h`,
@@ -34,7 +34,7 @@ mod threads;
 
 #[cfg(target_os = "none")]
 mod suite {
-    use crate::console::{end, line};
+    use crate::console::{end, end_by_kernel, line};
     use crate::start::Arguments;
     use crate::{files, memory, processes, processor, signals, threads};
 
@@ -122,6 +122,9 @@ mod suite {
             line!("all {passed} tests passed");
         } else {
             line!("{failed} of {} tests FAILED", passed + failed);
+        }
+        if let Some(word) = arguments.value("end=") {
+            end_by_kernel(word);
         }
         end(failed == 0 && passed != 0)
     }

@@ -20,6 +20,7 @@ pub(crate) mod number {
     pub(crate) const PIPE: u32 = 42;
     pub(crate) const BRK: u32 = 45;
     pub(crate) const IOCTL: u32 = 54;
+    pub(crate) const REBOOT: u32 = 88;
     pub(crate) const MUNMAP: u32 = 91;
     pub(crate) const SETITIMER: u32 = 104;
     pub(crate) const IOPL: u32 = 110;
@@ -103,6 +104,11 @@ pub(crate) fn address<T: ?Sized>(value: &T) -> u32 {
 /// The address of something that the kernel writes.
 pub(crate) fn address_mut<T: ?Sized>(value: &mut T) -> u32 {
     core::ptr::from_mut(value).cast::<u8>() as u32
+}
+
+/// Lets the kernel end the machine with a command of `reboot`, behind the two numbers that it wants to see first.
+pub(crate) fn reboot(command: u32) {
+    call(number::REBOOT, &[0xfee1_dead, 672_274_793, command]);
 }
 
 /// Ends this process or thread.

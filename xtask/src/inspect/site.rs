@@ -24,6 +24,22 @@ const DIRECT: u8 = 0xe8;
 const INDIRECT: [u8; 2] = [0xff, 0x15];
 const THROUGH_CS: u8 = 0x2e;
 
+/// What a kernel fills a site up with where a shorter call was written over a longer one. The first
+/// is no filler.
+const FILLERS: [&[u8]; 8] = [
+    b"",
+    b"\x90",
+    b"\x66\x90",
+    b"\x66\x66\x90",
+    b"\x89\xf6",
+    b"\x8b\xc0",
+    b"\x0f\x1f\x00",
+    b"\xf3\x90",
+];
+
+/// What comes behind all that: of no filler a part.
+const RETURN: u8 = 0xc3;
+
 /// A call site.
 #[derive(Clone, Debug)]
 pub struct Site {
@@ -31,8 +47,10 @@ pub struct Site {
     pub start: u32,
     /// The first byte that a ROM may change.
     pub first: u32,
-    /// Where the caller goes on: the return address.
+    /// The return address.
     pub end: u32,
+    /// Where the caller goes on: behind the filler, which is there to be executed and does nothing.
+    pub resume: u32,
     /// Whether the bytes that may be read prove that the site calls this code and nothing else.
     pub proven: bool,
     /// The variable that it calls through.
@@ -79,6 +97,7 @@ impl Site {
             (0, _) => (Form::Direct, inside),
             (1, _) => (Form::Indirect, inside),
             (2, 0..8) => (Form::Direct, border),
+            (3, 15) => (Form::Direct, PAGE - 1),
             (2, _) => (Form::Indirect, border),
             (_, 0..8) => (
                 OTHERS.get(step as usize).map_or(Form::OtherTarget, |bytes| Form::Other(bytes)),
@@ -108,7 +127,17 @@ impl Site {
         let proven = proves && first / PAGE == (end - 1) / PAGE;
         let prefixed = pointer.is_some() && (through_cs || step.is_multiple_of(2));
         let bytes = if prefixed { [[THROUGH_CS].as_slice(), &bytes].concat() } else { bytes };
-        Self { start: end - bytes.len() as u32, first, end, proven, pointer, bytes }
+        let start = end - bytes.len() as u32;
+        let filler = FILLERS[(3 * seed % FILLERS.len() as u64) as usize];
+        let bytes = [&bytes, filler].concat();
+        let resume = end + filler.len() as u32;
+        Self { start, first, end, resume, proven, pointer, bytes }
+    }
+
+    /// The bytes between the return address and where the caller goes on.
+    #[cfg(test)]
+    fn filler(&self) -> &[u8] {
+        &self.bytes[(self.end - self.start) as usize..]
     }
 
     /// The text around it. What does not lie near it is the same everywhere.
@@ -116,18 +145,21 @@ impl Site {
     pub fn text(&self, random: &mut Random) -> Text {
         let mut bytes = vec![random.word() as u8; 2 * PAGE as usize];
         let place = |address: u32| (address - TEXT_BASE) as usize;
-        let (start, end) = (place(self.start), place(self.end));
+        let (start, end) = (place(self.start), place(self.resume));
         if let Some(near) = bytes.get_mut(start - 16..end + 16) {
             random.fill(near);
         }
         if let Some(site) = bytes.get_mut(start..end) {
             site.copy_from_slice(&self.bytes);
         }
+        if let Some(behind) = bytes.get_mut(end) {
+            *behind = RETURN;
+        }
         Text {
             base: TEXT_BASE,
             bytes,
             granted: (self.end - 1) / PAGE,
-            site: self.start..self.end,
+            site: self.start..self.resume,
             rival: None,
         }
     }
@@ -155,6 +187,14 @@ mod tests {
         assert!(sites.iter().filter(crosses).count() >= 8);
         assert!(sites.iter().filter(crosses).all(|site| !site.proven));
         assert!(sites.iter().filter(|site| !site.proven).count() >= 24);
+        let fillers = |end: &dyn Fn(u32) -> bool| -> BTreeSet<&[u8]> {
+            let direct = sites.iter().filter(|site| site.proven && site.pointer.is_none());
+            direct.filter(|site| end(site.end)).map(Site::filler).collect()
+        };
+        assert_eq!(fillers(&|_| true).len(), FILLERS.len());
+        // No room for the call in one word; in the page for one byte behind it.
+        assert!(fillers(&|end| matches!(end % WORD, 3 | 4)).len() >= 2);
+        assert!(fillers(&|end| end % PAGE == PAGE - 1).iter().all(|filler| filler.len() == 2));
         for site in &sites {
             let text = site.text(&mut Random::new(1));
             assert_eq!(text.site_bytes(), site.bytes);

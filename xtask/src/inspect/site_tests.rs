@@ -16,7 +16,7 @@ enum Fault {
     InterruptsLeftOff,
     InterruptsLeftOn,
     ProtectedStore,
-    ByteBeyond,
+    ByteBefore,
     Unproven,
     UnprovenPointer,
     TwoStores,
@@ -134,12 +134,12 @@ fn helper(a: &mut CodeAssembler, fault: Fault) -> Result<(), IcedError> {
     a.jne(direct)?;
     a.mov(byte_ptr(esp + edi + 5), 0x90)?;
     a.set_label(&mut direct)?;
-    if fault == Fault::ByteBeyond {
-        let mut not_beyond = a.create_label();
-        a.cmp(edi, 1)?;
-        a.ja(not_beyond)?;
-        a.mov(byte_ptr(esp + edi + 6), 0x90)?;
-        a.set_label(&mut not_beyond)?;
+    if fault == Fault::ByteBefore {
+        let mut first = a.create_label();
+        a.test(edi, edi)?;
+        a.jz(first)?;
+        a.mov(byte_ptr(esp + edi - 1), 0x90)?;
+        a.set_label(&mut first)?;
         a.nop()?;
     }
     a.mov(eax, ebp)?;
@@ -335,6 +335,72 @@ fn what_another_processor_may_see_is_named() {
     assert!(report.violations.iter().any(|v| v.detail.contains("two aligned words")));
 }
 
+/// Changes a direct site of DisableInterrupts that a NOP stands behind by two stores of one byte: the
+/// NOP becomes CLI, the call a TEST with its distance.
+fn changes_twice(call_first: bool) -> Sample {
+    let mut sample = Sample::new();
+    let call = sample.lookup(Lookup::Table).call(number::DisableInterrupts, |a| a.ret());
+    let (distance, entry) = (HELPER - call.offset(number::DisableInterrupts), 5);
+    call.call(number::DisableInterrupts, |a| a.call(distance as u64));
+    call.helper(|a| {
+        let mut fail = a.create_label();
+        a.pushfd()?;
+        a.cli()?;
+        a.pushad()?;
+        a.mov(edi, dword_ptr(esp + STUB + 4))?;
+        a.sub(edi, entry)?;
+        a.mov(esi, dword_ptr(esp + STUB + 8))?;
+        a.lea(eax, dword_ptr(esi - 1))?;
+        a.and(eax, 0xfff)?;
+        a.cmp(eax, 4)?;
+        a.jb(fail)?;
+        a.cmp(eax, 0xfff)?;
+        a.je(fail)?;
+        a.cmp(byte_ptr(esi - 5).ss(), 0xe8u32)?;
+        a.jne(fail)?;
+        a.mov(ebx, dword_ptr(esi - 4).ss())?;
+        a.add(ebx, esi)?;
+        a.cmp(ebx, edi)?;
+        a.jne(fail)?;
+        a.cmp(byte_ptr(esi).ss(), 0x90u32)?;
+        a.jne(fail)?;
+        a.mov(ebp, cr0)?;
+        a.mov(ecx, ebp)?;
+        a.and(ecx, !WRITE_PROTECT)?;
+        a.mov(cr0, ecx)?;
+        for call in [call_first, !call_first] {
+            let (place, old, new) = if call { (-5, 0xe8u32, 0xa9u32) } else { (0, 0x90, 0xfa) };
+            a.mov(al, old)?;
+            a.mov(dl, new)?;
+            a.lock().cmpxchg(byte_ptr(esi + place).ss(), dl)?;
+        }
+        a.mov(cr0, ebp)?;
+        a.sub(esi, 5)?;
+        a.mov(dword_ptr(esp + STUB + 8), esi)?;
+        a.popad()?;
+        a.popfd()?;
+        a.lea(esp, dword_ptr(esp + 4))?;
+        a.ret()?;
+        a.set_label(&mut fail)?;
+        a.popad()?;
+        a.popfd()?;
+        a.lea(esp, dword_ptr(esp + 4))?;
+        a.cli()?;
+        a.ret()
+    });
+    sample
+}
+
+#[test]
+fn two_stores_are_right_if_all_that_is_half_done_is_right() {
+    let report = judged(&changes_twice(false));
+    assert!(report.is_clean(), "{:#?}", report.violations);
+    let report = judged(&changes_twice(true));
+    assert_eq!(report.violations.len(), 1, "{:#?}", report.violations);
+    assert!(report.names(Rule::Site, number::DisableInterrupts), "{:#?}", report.violations);
+    assert!(report.violations[0].detail.contains("half done"), "{:#?}", report.violations);
+}
+
 #[test]
 fn what_is_lost_to_another_processor_is_named() {
     let report = each(Fault::LateComparison, Rule::Site, &ALL);
@@ -362,7 +428,7 @@ fn what_is_right_with_one_processor_is_not_decided() {
 #[test]
 fn what_a_rom_may_not_touch_is_named() {
     for (fault, text) in [
-        (Fault::ByteBeyond, "beside the instruction"),
+        (Fault::ByteBefore, "beside the instruction"),
         (Fault::Unproven, "do not prove"),
         (Fault::UnprovenPointer, "do not prove"),
         (Fault::ProtectedStore, "read-only"),

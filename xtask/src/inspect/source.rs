@@ -17,6 +17,7 @@ mod unpack;
 mod wire;
 
 pub use dev_mem::DevMemError;
+pub(crate) use gdb::store as store_by_gdb;
 pub use unpack::{Compression, LARGEST_UNPACKED};
 pub use wire::WireError;
 

@@ -344,7 +344,8 @@ fn code_facts(code: &Code<'_>, base: u32, call: &Call, entry: Entry) -> CodeFact
             site = site_facts(&again);
         }
         executed.add(&trial.machine.trace);
-        most = most.max(trial.machine.trace.instructions);
+        let trace = &trial.machine.trace;
+        most = most.max(trace.instructions - trace.site.len() as u64);
         depth = depth.max(trial.machine.stack_depth());
         if matches!(stop, Stop::Budget | Stop::Fuel) {
             cut_short = true;
@@ -378,10 +379,15 @@ fn site_facts(again: &Trial<'_>) -> Option<SiteFacts> {
     if trace.instructions != trace.site.len() as u64 {
         return None;
     }
-    let only_fills =
-        |i: &&Instruction| matches!(i.mnemonic(), Mnemonic::Nop | Mnemonic::Jmp | Mnemonic::Pause);
-    let native: Vec<&Instruction> = trace.site.iter().filter(|i| !only_fills(i)).collect();
     let base = again.machine.memory.image_base();
+    let filler = at.end..at.resume;
+    // The number of a TEST is what is left of a call's distance.
+    let only_fills = |i: &&Instruction| {
+        matches!(i.mnemonic(), Mnemonic::Nop | Mnemonic::Jmp | Mnemonic::Pause)
+            || i.code() == iced_x86::Code::Test_EAX_imm32
+            || filler.contains(&base.wrapping_add(i.ip32())) && i.mnemonic() == Mnemonic::Mov
+    };
+    let native: Vec<&Instruction> = trace.site.iter().filter(|i| !only_fills(i)).collect();
     let bytes = native.iter().flat_map(|i| {
         let start = base.wrapping_add(i.ip32()).wrapping_sub(at.start) as usize;
         at.bytes.get(start..start + i.len()).unwrap_or_default()

@@ -269,7 +269,7 @@ impl Trial<'_> {
     /// Where the caller goes on.
     #[must_use]
     pub fn return_address(&self) -> u32 {
-        self.site.as_ref().map_or(RETURN_ADDRESS, |site| site.end)
+        self.site.as_ref().map_or(RETURN_ADDRESS, |site| site.resume)
     }
 
     /// Whether the site holds other bytes than before.

@@ -1,6 +1,8 @@
 //! The verbs of the command line, one file each.
 
+mod boots;
 pub mod build;
+pub mod compare;
 pub mod diff;
 pub mod docs;
 pub mod inspect;

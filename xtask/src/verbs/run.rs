@@ -1,19 +1,20 @@
 //! `cargo xtask run`.
 
 mod all;
+mod kvm;
 mod linux;
 mod reference;
 mod xen;
 
 use crate::artifacts::{self, Artifacts};
 use crate::conformance::{self, CallSummary, Client, Conformance, Cost, Subject};
-use crate::hypervisor::PREFIX;
 use crate::progress::Progress;
 use crate::qemu::{Attachment, Machine, Model};
 use crate::table::{Align, BAD, Cell, DIM, GOOD, HEAD, Table};
 use crate::tap::Verdict;
 use crate::toolchain::Need;
-use anyhow::Result;
+use crate::verbs::boots::shows;
+use anyhow::{Result, bail};
 use reference::Host;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -79,18 +80,6 @@ impl Args {
         let is_long = self.reference.on.is_some() || self.linux.kernel.is_some();
         Duration::from_secs(self.limit.unwrap_or(if is_long { 300 } else { 60 }))
     }
-
-    /// What shows each line of the serial port as it comes, or the guest's last one as progress.
-    fn shows<'a>(&self, progress: &'a Progress) -> impl Fn(&str) + use<'a> {
-        let verbose = self.verbose;
-        move |line| {
-            if verbose {
-                anstream::eprintln!("{line}");
-            } else if !line.starts_with(PREFIX) {
-                progress.at(line);
-            }
-        }
-    }
 }
 
 /// What was tried, and what came of it.
@@ -127,14 +116,14 @@ fn subjects(args: &Args, built: &Artifacts) -> Result<Vec<Subject>> {
 /// Something is missing, the build fails, or QEMU does not start.
 pub fn run(args: &Args) -> Result<ExitCode> {
     let findings = super::setup::provide(Need::RUN)?;
-    if let Some(kernel) = &args.linux.kernel {
-        return linux::run(&findings, args, kernel);
-    }
-    match args.reference.on {
-        Some(Host::Reference) => return reference::run(&findings, args),
-        Some(Host::Xen) => return xen::run(&findings, args),
-        Some(Host::All) => return all::run(&findings, args),
-        None => {}
+    match (args.reference.on, &args.linux.kernel) {
+        (Some(Host::Kvm), _) => return kvm::run(&findings, args),
+        (Some(Host::Xen | Host::All), Some(_)) => bail!("Linux is not for Xen: no --kernel there"),
+        (Some(Host::Xen), None) => return xen::run(&findings, args),
+        (Some(Host::All), None) => return all::run(&findings, args),
+        (None | Some(Host::Reference), Some(kernel)) => return linux::run(&findings, args, kernel),
+        (Some(Host::Reference), None) => return reference::run(&findings, args),
+        (None, None) => {}
     }
     let built = artifacts::build_all(&findings)?;
     let subjects = subjects(args, &built)?;
@@ -155,7 +144,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             machine.model,
             machine.cpu
         ));
-        let show = args.shows(&progress);
+        let show = shows(args.verbose, &progress);
         let result = conformance::check(&built.emulator, &built.guest, &subject, &machine, show)?;
         drop(progress);
         tried.push(Tried { subject, result });

@@ -1,7 +1,7 @@
 //! `cargo xtask setup`.
 
 use crate::build::{Tools, shown};
-use crate::debian;
+use crate::debian::{self, Flavour};
 use crate::setup::{
     Archive, Facts, Family, Plan, Privilege, Rustup, Simulation, apt_command, by_rustup,
     os_release_field, plan, update_command,
@@ -30,6 +30,9 @@ pub struct Args {
     /// Fetch Debian's 32-bit Linux kernels too, for guests: about 100 MB, into `target/linux`, with apt. They are not installed.
     #[arg(long, conflicts_with_all = ["dry_run", "check"])]
     linux: bool,
+    /// Fetch a 64-bit kernel of Debian's with KVM too, the host of `run --on kvm`: about 30 MB, into `target/linux`. It is not installed.
+    #[arg(long, conflicts_with_all = ["dry_run", "check"])]
+    kvm: bool,
     /// Build Xen too, with 32-bit guests, from Debian's source package, into `target/xen`: two to four minutes. It is not installed.
     #[arg(
         long,
@@ -70,10 +73,11 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 
 /// Fetches the kernels and builds Xen if they are wanted.
 fn guests_and_hosts(args: &Args) -> Result<ExitCode> {
-    if args.linux {
-        debian::fetch()?;
-        for flavour in debian::Flavour::ALL {
-            anstream::println!("{}", shown(&debian::kernel(flavour)?));
+    let wanted = [(args.linux, &Flavour::GUESTS[..]), (args.kvm, &[Flavour::CloudAmd64])];
+    for (_, flavours) in wanted.into_iter().filter(|(is_wanted, _)| *is_wanted) {
+        debian::fetch(flavours)?;
+        for flavour in flavours {
+            anstream::println!("{}", shown(&debian::kernel(*flavour)?));
         }
     }
     if let Some(build) = args.xen {

@@ -2,7 +2,7 @@
 
 use crate::artifacts;
 use crate::build::{self, Tools};
-use crate::debian;
+use crate::debian::{self, Flavour};
 use crate::table::{BAD, GOOD, HEAD};
 use crate::toolchain::{Findings, Need};
 use crate::xen::source::Build;
@@ -53,8 +53,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         .inspect_err(|error| anstream::eprintln!("{error:#}"))
         .is_ok();
     totals.add(is_built);
-    step("kernels for guests");
-    let are_there = debian::fetch().inspect_err(|error| anstream::eprintln!("{error:#}")).is_ok();
+    step("kernels for guests and for KVM");
+    let are_there =
+        debian::fetch(&Flavour::ALL).inspect_err(|error| anstream::eprintln!("{error:#}")).is_ok();
     totals.add(are_there);
     step("Xen for guests");
     let is_there =
@@ -109,10 +110,17 @@ fn host_lints(totals: &mut Totals) -> Result<()> {
     if !has("clippy") {
         return Ok(());
     }
-    count(
-        totals,
-        cargo(&["clippy", "--quiet", "--locked", "--all-targets", "--", "--deny", "warnings"]),
-    )
+    let clippy = |arguments: &[&str]| {
+        let mut command = cargo(&["clippy", "--quiet", "--locked", "--all-targets"]);
+        command.args(arguments).args(["--", "--deny", "warnings"]);
+        command
+    };
+    count(totals, clippy(&[]))?;
+    // KVM's host is a program for this processor and system only.
+    if cfg!(all(target_arch = "x86_64", target_os = "linux")) {
+        count(totals, clippy(&["--package", "vmi-kvm-host"]))?;
+    }
+    Ok(())
 }
 
 /// Image, guest and hypervisor are linted for their own targets, if a compiler with its library's source has clippy.

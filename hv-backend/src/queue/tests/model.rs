@@ -86,6 +86,8 @@ pub(super) struct Interrupt {
 
 #[derive(Clone, Debug, Default)]
 pub(super) struct Scenario {
+    /// Changes are told late: memory holds each before its update is taken.
+    pub(super) late: bool,
     pub(super) operations: Vec<Operation>,
     pub(super) interrupts: Vec<Interrupt>,
     /// Repeated for ever.
@@ -110,6 +112,8 @@ struct State {
 #[derive(Clone, Copy, Debug)]
 enum Begun {
     Update(Update),
+    /// An entry is stored in memory, in the section in which the update that tells of it is taken.
+    Change(usize, u32, bool, Update),
     SetLazyMode(u32),
 }
 
@@ -137,7 +141,7 @@ fn entry_of(update: &Update) -> usize {
 
 impl State {
     fn apply(&mut self, update: &Update) {
-        let &Update { call, address, low, high, .. } = update;
+        let &Update { call, address, low, high, flags } = update;
         match call {
             number::SetPxE => {
                 let entry = &mut self.entries[entry_of(update)];
@@ -155,12 +159,23 @@ impl State {
             number::UpdateKernelStack => self.kernel_stack = low,
             number::SetCR3 => self.cr3 = low,
             number::CLTS => self.task_switched = false,
-            number::AllocatePage => self.pages[0] = address,
-            number::ReleasePage => self.pages[1] = address,
+            number::AllocatePage => self.pages[0] = address | flags,
+            number::ReleasePage => self.pages[1] = address | flags,
             // What they drop is the processor's.
             number::InvalPage | number::FlushTLB => {}
             _ => panic!("{update} is no update"),
         }
+    }
+}
+
+/// What may wait where changes are told late, if `waiting` waits.
+fn may_be_late(update: &Update, mode: u32, waiting: &[Update]) -> bool {
+    let is_end =
+        |other: &Update| other.call == number::ReleasePage && other.address == update.address;
+    match update.call {
+        number::ReleasePage => true,
+        number::AllocatePage => !waiting.iter().any(is_end),
+        _ => may_wait(update, mode),
     }
 }
 
@@ -188,6 +203,8 @@ pub(super) struct Machine<'a, const CAPACITY: usize> {
     processor: RefCell<State>,
     reached: Cell<usize>,
     tlb: RefCell<[Option<u64>; ENTRIES]>,
+    /// Told late, what the hypervisor made of the entries, which the processor uses.
+    shadow: RefCell<[Option<u64>; ENTRIES]>,
     /// Values that an access may use: all since the last invalidation.
     possible: RefCell<[Vec<u64>; ENTRIES]>,
     /// What the guest began, and no machine has seen.
@@ -226,6 +243,7 @@ impl<'a, const CAPACITY: usize> Machine<'a, CAPACITY> {
             processor: RefCell::default(),
             reached: Cell::new(0),
             tlb: RefCell::default(),
+            shadow: RefCell::default(),
             possible: RefCell::new(
                 [const { Vec::new() }; ENTRIES].map(|_: Vec<u64>| Vec::from([0])),
             ),
@@ -249,6 +267,9 @@ impl<'a, const CAPACITY: usize> Machine<'a, CAPACITY> {
 
     /// Runs the scenario, leaves the lazy mode, and tells what was not as promised.
     pub(super) fn run(&self) -> Result<(), String> {
+        if self.scenario.late {
+            self.queue.tell_late();
+        }
         for operation in &self.scenario.operations {
             self.step();
             self.perform(*operation);
@@ -258,6 +279,9 @@ impl<'a, const CAPACITY: usize> Machine<'a, CAPACITY> {
         }
         self.interrupts.borrow_mut().clear();
         self.perform(Operation::SetLazyMode(0));
+        if self.scenario.late {
+            self.perform(Operation::FlushTLB);
+        }
         self.check(self.queue.failures() == self.refusals.get(), || {
             "refusals are not counted".into()
         });
@@ -302,6 +326,20 @@ impl<'a, const CAPACITY: usize> Machine<'a, CAPACITY> {
         let value = add(&self.value) << 1;
         let flags = |defer| if defer { EntryFlags::DEFER.bits() } else { 0 };
         match operation {
+            Operation::SetPxE { entry, present, defer }
+            | Operation::SetPxELong { entry, present, defer }
+                if self.scenario.late =>
+            {
+                self.change(entry, value | u32::from(present), defer);
+            }
+            Operation::UpdatePxE { entry, defer } if self.scenario.late => {
+                self.change(entry, value | PRESENT as u32, defer);
+            }
+            // The same frame again and again.
+            Operation::Page { release } if self.scenario.late => {
+                let call = [Update::AllocatePage, Update::ReleasePage][usize::from(release)];
+                self.submit(call(0, value << 12));
+            }
             Operation::SetPxE { entry, present, defer } => {
                 let value = value | u32::from(present);
                 self.submit(Update::SetPxE(value, entry_address(entry), flags(defer)));
@@ -377,6 +415,13 @@ impl<'a, const CAPACITY: usize> Machine<'a, CAPACITY> {
         }
     }
 
+    /// An entry changes, and that is told late.
+    fn change(&self, entry: usize, value: u32, defer: bool) {
+        let update = Update::UpdatePxE(entry_address(entry), value << 12);
+        self.begun.set(Some(Begun::Change(entry, value, !defer, update)));
+        self.take(update);
+    }
+
     /// Whether a value for an entry waits.
     fn is_waiting(&self, entry: usize) -> bool {
         self.order.borrow()[self.reached.get()..].iter().any(|update| {
@@ -386,11 +431,24 @@ impl<'a, const CAPACITY: usize> Machine<'a, CAPACITY> {
 
     fn submit(&self, update: Update) {
         self.begun.set(Some(Begun::Update(update)));
-        self.queue.submit(self, update);
+        self.take(update);
+    }
+
+    fn take(&self, update: Update) {
+        if let Some(Begun::Change(_, value, is_used_now, _)) = self.begun.get() {
+            // As an entry of the image does it.
+            let flags = if is_used_now { EntryFlags::CURRENT_AS } else { EntryFlags::empty() };
+            let mask = self.queue.begin(self);
+            let change = (value, flags.bits());
+            self.queue.submit_late(self, update, change, || self.queue.flush(self));
+            self.queue.end(self, mask);
+        } else {
+            self.queue.submit(self, update);
+        }
         let seen = self.see();
         if seen.settles {
             self.expect_visible(seen.updates, "an update that may not wait");
-        } else if update.call == number::SetCR3 {
+        } else if update.call == number::SetCR3 && !self.scenario.late {
             self.expect_visible(seen.updates - 1, "SetCR3");
         }
     }
@@ -398,8 +456,12 @@ impl<'a, const CAPACITY: usize> Machine<'a, CAPACITY> {
     fn call(&self, number: CallNumber, effect: impl FnOnce()) {
         let call = number.call().expect("in the table");
         let target = self.order.borrow().len();
+        // Told late, a page fault is looked at in memory, unless CR3 waits to be loaded.
+        let is_due = number != number::GetCR2 || !self.scenario.late || self.mode.get() == 2;
         self.queue.call(self, call, effect);
-        self.expect_visible(target, call.name);
+        if is_due {
+            self.expect_visible(target, call.name);
+        }
     }
 
     fn before(&self, call: &Call) {
@@ -417,7 +479,18 @@ impl<'a, const CAPACITY: usize> Machine<'a, CAPACITY> {
             None => return self.seen.get(),
             Some(Begun::SetLazyMode(new)) => {
                 self.mode.set(new);
-                new == 0 || mode != 0 && mode != new
+                let leaves = mode != 0 && mode != new;
+                if self.scenario.late { mode == 2 && leaves } else { new == 0 || leaves }
+            }
+            Some(Begun::Change(entry, value, is_used_now, update)) => {
+                let is_present = u64::from(value) & PRESENT != 0;
+                let value = value.into();
+                for state in [&self.reference, &self.processor] {
+                    state.borrow_mut().entries[entry] = value;
+                }
+                self.possible.borrow_mut()[entry].push(value);
+                order.push(update);
+                is_used_now && is_present && mode != 1
             }
             Some(Begun::Update(update)) => {
                 order.push(update);
@@ -427,7 +500,12 @@ impl<'a, const CAPACITY: usize> Machine<'a, CAPACITY> {
                     let entry = entry_of(&update);
                     self.possible.borrow_mut()[entry].push(reference.entries[entry]);
                 }
-                !may_wait(&update, mode)
+                let waiting = &order[self.reached.get().min(order.len() - 1)..order.len() - 1];
+                !if self.scenario.late {
+                    may_be_late(&update, mode, waiting)
+                } else {
+                    may_wait(&update, mode)
+                }
             }
         };
         let seen = Seen { updates: order.len(), settles };
@@ -470,13 +548,17 @@ impl<'a, const CAPACITY: usize> Machine<'a, CAPACITY> {
     /// Whether the processor finds a translation, and remembers it.
     fn translates(&self, entry: usize) -> bool {
         let cached = self.tlb.borrow()[entry];
-        let used = cached.unwrap_or_else(|| self.processor.borrow().entries[entry]);
+        let made = self.shadow.borrow()[entry];
+        let used = cached.or(made).unwrap_or_else(|| self.processor.borrow().entries[entry]);
         let possible = &self.possible.borrow()[entry];
         self.check(self.is_stopped.get() || possible.contains(&used), || {
             format!("an access by {used:#x}, possible were {possible:x?}")
         });
         let is_present = used & PRESENT != 0;
         if is_present {
+            if self.scenario.late {
+                self.shadow.borrow_mut()[entry] = Some(used);
+            }
             self.tlb.borrow_mut()[entry] = Some(used);
         }
         is_present
@@ -496,6 +578,15 @@ impl<'a, const CAPACITY: usize> Machine<'a, CAPACITY> {
         self.reached.set(place.map_or(order.len(), |place| place + 1));
         self.processor.borrow_mut().apply(update);
         match update.call {
+            number::UpdatePxE if self.scenario.late => {
+                let entry = entry_of(update);
+                let value = self.processor.borrow().entries[entry];
+                self.shadow.borrow_mut()[entry] = Some(value).filter(|value| value & PRESENT != 0);
+                self.tlb.borrow_mut()[entry] = None;
+            }
+            number::SetCR3 if self.scenario.late => {
+                (0..ENTRIES).for_each(|entry| self.invalidate(entry));
+            }
             number::SetCR3 => *self.tlb.borrow_mut() = [None; ENTRIES],
             number::InvalPage => self.invalidate(((update.address - PAGE_BASE) / PAGE) as usize),
             number::FlushTLB => (0..ENTRIES).for_each(|entry| self.invalidate(entry)),

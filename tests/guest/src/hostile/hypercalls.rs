@@ -11,7 +11,7 @@ use crate::processor;
 use crate::segments::{USER_CODE as USER_CODE_SELECTOR, USER_DATA};
 use crate::session::FIXED_FLAG;
 use vmi_abi::number;
-use vmi_hv_backend::reference::interface::{Counters, Hypercall, Status};
+use vmi_hv_backend::reference::interface::{Counters, Hypercall, PHYSICAL, Status};
 use vmi_hv_backend::{CallNumber, Update};
 
 const APPLY: u32 = Hypercall::Apply as u32;
@@ -293,6 +293,11 @@ pub(super) fn updates(trial: &mut Trial<'_>) {
         }
     }
     let stores = [number::SetPxE, number::SetPxELong, number::UpdatePxE, number::UpdatePxELong];
+    // Two values, and flags by which an address is a linear one.
+    let linear = |random: &mut Random| {
+        let [low, high, flags] = [0; 3].map(|_| random.next());
+        [low, high, flags & !PHYSICAL]
+    };
     // Addresses without memory, or that are not aligned.
     let entry = trial.space.entry(TEST_AREA);
     let unmapped =
@@ -300,7 +305,7 @@ pub(super) fn updates(trial: &mut Trial<'_>) {
     for call in stores {
         let size = if [number::SetPxE, number::UpdatePxE].contains(&call) { 4 } else { 8 };
         for address in unmapped {
-            let [low, high, flags] = [0; 3].map(|_| trial.random.next());
+            let [low, high, flags] = linear(&mut trial.random);
             trial.update_refused(raw(call.0, address, low, high, flags), &[Status::BadAddress]);
         }
         for offset in 1..size {
@@ -308,7 +313,8 @@ pub(super) fn updates(trial: &mut Trial<'_>) {
             trial.update_refused(raw(call.0, entry + offset, 0, 0, flags), &[Status::BadAddress]);
         }
         for _ in 0..30 {
-            let [address, low, high, flags] = [0; 4].map(|_| trial.random.next());
+            let address = trial.random.next();
+            let [low, high, flags] = linear(&mut trial.random);
             // Nothing is mapped there: ring 3's pages are below, the kernel is above.
             let address = address % (PAGE_OFFSET - HIDDEN.start) + HIDDEN.start;
             trial
@@ -317,6 +323,21 @@ pub(super) fn updates(trial: &mut Trial<'_>) {
         // The screen is mapped, and no memory.
         let screen = PAGE_OFFSET + DEVICE.end - 0x8000;
         trial.update_refused(raw(call.0, screen, 0, 0, 0), &[Status::BadAddress]);
+    }
+    // Physical addresses that are not the guest's memory, and some that are: nothing is told of those.
+    for call in [number::UpdatePxE, number::UpdatePxELong] {
+        for index in 0..60 {
+            let range = [HIDDEN, NOTHING, DEVICE][index % 3].clone();
+            let address = trial.random.within(range) & !7;
+            let [low, high, flags] = [0; 3].map(|_| trial.random.next());
+            let update = raw(call.0, address, low, high, flags | PHYSICAL);
+            trial.update_refused(update, &[Status::BadAddress]);
+            let own = trial.random.within(0..0x9_0000) & !7;
+            let update = raw(call.0, own, low, high, flags | PHYSICAL);
+            trial.update_refused(update, &[Status::Done]);
+            let misaligned = raw(call.0, own | 2, low, high, flags | PHYSICAL);
+            trial.update_refused(misaligned, &[Status::BadAddress]);
+        }
     }
     // Frames that are not the guest's memory.
     for call in [number::AllocatePage, number::ReleasePage] {

@@ -204,6 +204,11 @@ impl Kernel {
         unsafe { CALLS.InvalPage(linear) };
     }
 
+    /// The address of the last page fault, as a handler of page faults asks for it.
+    pub(super) fn fault_address(self) -> u32 {
+        CALLS.GetCR2()
+    }
+
     /// Goes into a space.
     pub(super) fn enter(self, space: Space) {
         CURRENT.store(space.cr3(), Ordering::Relaxed);

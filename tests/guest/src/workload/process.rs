@@ -14,7 +14,10 @@ use vmi_abi::flags::{EntryFlags, LazyMode, PageFlags};
 const TABLE_BITS: u64 = PRESENT | WRITE | USER | ACCESSED | DIRTY;
 
 /// What the entry of a page has that its process may write to, and has written to.
-const PAGE_BITS: u64 = PRESENT | WRITE | USER | ACCESSED | DIRTY;
+pub(super) const PAGE_BITS: u64 = PRESENT | WRITE | USER | ACCESSED | DIRTY;
+
+/// What the entry of a page of a file has that was read.
+pub(super) const FILE_BITS: u64 = PRESENT | USER | ACCESSED;
 
 /// Linear pages that follow each other.
 #[derive(Clone, Copy)]
@@ -24,6 +27,11 @@ pub(super) struct Area {
 }
 
 impl Area {
+    /// One of the pages.
+    pub(super) const fn page(self, index: u32) -> Self {
+        Self { start: self.start + index * PAGE, pages: 1 }
+    }
+
     pub(super) fn addresses(self) -> impl Iterator<Item = u32> {
         (self.start..).step_by(PAGE as usize).take(self.pages as usize)
     }
@@ -39,7 +47,7 @@ pub(super) const LIBRARIES: Area = Area { start: 0xb7d0_0000, pages: 512 };
 pub(super) const MAPPING: Area = Area { start: 0xb7c0_0000, pages: 256 };
 
 /// The first linear address of the kernel's.
-const KERNEL: u32 = PAGE_OFFSET;
+pub(super) const KERNEL: u32 = PAGE_OFFSET;
 
 /// Frames for the workloads: behind the guest and its record, and before the end of the direct mapping.
 const FRAMES: Range<u32> = 0x90_0000..0xf0_0000;
@@ -84,7 +92,7 @@ pub(super) fn word(frame: u32, index: u32) -> u32 {
     unsafe { ((PAGE_OFFSET + frame + index * 4) as *const u32).read_volatile() }
 }
 
-fn set_word(frame: u32, index: u32, value: u32) {
+pub(super) fn set_word(frame: u32, index: u32, value: u32) {
     // SAFETY: in the direct mapping, and a frame of the workloads.
     unsafe { ((PAGE_OFFSET + frame + index * 4) as *mut u32).write_volatile(value) };
 }
@@ -123,7 +131,7 @@ impl Memory {
 #[derive(Clone, Copy)]
 pub(super) struct Process {
     pub(super) space: Space,
-    kernel: Kernel,
+    pub(super) kernel: Kernel,
 }
 
 impl Process {
@@ -158,7 +166,7 @@ impl Process {
     }
 
     /// The call flags of the entry that maps a page; the space may be the current one.
-    fn flags(self, linear: u32) -> u32 {
+    pub(super) fn flags(self, linear: u32) -> u32 {
         let current = if self.kernel.is_current(self.space) {
             EntryFlags::CURRENT_AS.bits() | linear
         } else {
@@ -168,7 +176,7 @@ impl Process {
     }
 
     /// Makes the table for a page where there is none (`__pte_alloc`).
-    fn provide_table(self, linear: u32, memory: &mut Memory) {
+    pub(super) fn provide_table(self, linear: u32, memory: &mut Memory) {
         let entry = self.space.directory_entry(linear);
         if self.space.load(entry) & PRESENT != 0 {
             return;
@@ -233,17 +241,18 @@ impl Process {
         self.kernel.flush();
     }
 
-    /// A copy that shares every page, read-only in both (`dup_mmap`, `copy_pte_range`).
-    pub(super) fn fork(self, swapper: Space, memory: &mut Memory) -> Self {
+    /// A copy that shares the pages of some areas, read-only in both (`dup_mmap`, `copy_pte_range`).
+    pub(super) fn fork(self, areas: &[Area], swapper: Space, memory: &mut Memory) -> Self {
         let child = Self::new(self.kernel, swapper, memory);
-        for part in [PROGRAM, LIBRARIES].into_iter().flat_map(|area| self.parts(area)) {
+        for part in areas.iter().flat_map(|area| self.parts(*area)) {
             child.provide_table(part.start, memory);
             self.kernel.lazily(LazyMode::MMU, || {
                 for linear in part.addresses() {
                     let entry = self.space.entry(linear);
-                    if self.space.load(entry) & WRITE != 0 {
-                        self.kernel.write_protect(entry, self.flags(linear));
+                    if self.space.load(entry) & PRESENT == 0 {
+                        continue;
                     }
+                    self.kernel.write_protect(entry, self.flags(linear));
                     // The child has not used the page yet.
                     let value = self.space.load(entry) & !(WRITE | ACCESSED);
                     self.kernel.set(child.space.entry(linear), value, child.flags(linear));
@@ -256,8 +265,15 @@ impl Process {
 
     /// Takes the space down; another one is current (`exit_mmap`, `pgd_free`).
     pub(super) fn exit(self, memory: &mut Memory) {
+        self.empty(&[MAPPING, PROGRAM, LIBRARIES], memory);
+        self.kernel.flush();
+        self.free(memory);
+    }
+
+    /// Takes away all areas that the space has, with their tables (`exit_mmap`).
+    pub(super) fn empty(self, areas: &[Area], memory: &mut Memory) {
         let kernel = self.kernel;
-        let parts = || [MAPPING, PROGRAM, LIBRARIES].into_iter().flat_map(|area| self.parts(area));
+        let parts = || areas.iter().flat_map(|area| self.parts(*area));
         let is_there =
             |part: &Area| self.space.load(self.space.directory_entry(part.start)) & PRESENT != 0;
         for part in parts().filter(is_there) {
@@ -279,7 +295,11 @@ impl Process {
                 memory.tables.put(table);
             }
         }
-        kernel.flush();
+    }
+
+    /// Frees what is left of a space without areas; another one is current (`pgd_free`).
+    pub(super) fn free(self, memory: &mut Memory) {
+        let kernel = self.kernel;
         if kernel.mode == Mode::Pae {
             for index in 0..KERNEL >> 30 {
                 let entry = self.space.top_entry(index);

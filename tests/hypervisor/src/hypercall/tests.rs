@@ -7,7 +7,7 @@ use crate::shadow::machine::{
 use crate::shadow::tests::{Numbers, frame_update};
 use crate::walk::{ACCESSED, CR0_PAGING, LARGE, NO_EXECUTE, USER, WRITABLE};
 use std::vec::Vec;
-use vmi_hv_backend::reference::interface::BATCH_LIMIT;
+use vmi_hv_backend::reference::interface::{BATCH_LIMIT, PHYSICAL};
 
 /// Linear is physical for the first 64 pages, with the tables in frames 0 (pointers), 1 and 2.
 const OPEN: u64 = PRESENT | WRITABLE | USER | ACCESSED;
@@ -83,7 +83,9 @@ impl Guest {
         let linear = 2 * FRAME as u32 + index * self.size();
         let value = numbers.one_of(&[5, 12, ROM, DEVICE, NOTHING]) * FRAME;
         let value = value | numbers.one_of(&[OPEN, PRESENT, 0]) | numbers.one_of(&[0, 0x100, 0x18]);
-        match numbers.below(12) {
+        match numbers.below(13) {
+            // Linear addresses are physical ones here.
+            12 => Update::UpdatePxELong(linear & !7, PHYSICAL),
             0 => frame_update(number::AllocatePage, (3 + numbers.below(DEVICE - 3)) as u32),
             1 => frame_update(number::ReleasePage, (3 + numbers.below(DEVICE - 3)) as u32),
             2 => frame_update(number::InvalPage, numbers.next() as u32),
@@ -110,7 +112,9 @@ impl Guest {
         let unmapped = (MAPPED as u32 + numbers.below(100) as u32) << 12;
         let outside = numbers.one_of(&[DEVICE, HIDDEN, NOTHING]) as u32;
         loop {
-            return match numbers.below(14) {
+            return match numbers.below(16) {
+                14 => (Update::UpdatePxE(outside << 12, PHYSICAL), Status::BadAddress),
+                15 => (Update::UpdatePxELong(entry | 2, PHYSICAL), Status::BadAddress),
                 0 => {
                     let call = numbers.one_of(&[0, 1, 16, 18, 37, 42, 43, 48, 49, 73, 0xffff_ffff]);
                     (frame_update(CallNumber(call), entry), Status::BadCall)

@@ -45,7 +45,7 @@ pub struct Text {
     pub bytes: Vec<u8>,
     /// The page that the code may read: the one that the call's last byte was fetched from.
     pub granted: u32,
-    /// The instruction that calls, and where it is entered. Behind it the caller goes on.
+    /// The instruction that calls, where it is entered, and its filler. Behind that the caller goes on.
     pub site: Range<u32>,
     /// Another processor that does the same: the bytes that it leaves, and how often the text is read
     /// before they are there.
@@ -59,6 +59,14 @@ impl Text {
             if let Some(byte) = self.bytes.get_mut(address.wrapping_sub(self.base) as usize) {
                 *byte ^= 0xff;
             }
+        }
+    }
+
+    /// Puts other bytes at the site.
+    pub fn set_site(&mut self, bytes: &[u8]) {
+        let start = self.site.start.wrapping_sub(self.base) as usize;
+        if let Some(site) = self.bytes.get_mut(start..start + bytes.len()) {
+            site.copy_from_slice(bytes);
         }
     }
 

@@ -387,6 +387,8 @@ pub struct TextStore {
     pub locked: bool,
     /// Whether an interrupt could come while write protection was off.
     pub interruptible: bool,
+    /// What the site is after it.
+    pub left: Vec<u8>,
 }
 
 /// Marks an offset that was executed, beside the bits of [`Breach::kind`].
@@ -674,12 +676,14 @@ impl<'a> Machine<'a> {
         }
         let first = address + changed.trailing_zeros() / 8;
         let end = address + 8 - changed.leading_zeros() / 8;
+        let left = self.memory.text.as_ref().map_or(Vec::new(), |text| text.site_bytes().to_vec());
         self.trace.text_stores.push(TextStore {
             offset: self.trace.last,
             covered: address..address + size as u32,
             changed: first..end,
             locked: self.locked,
             interruptible: self.registers.eflags & flags::INTERRUPT != 0,
+            left,
         });
     }
 

@@ -10,6 +10,7 @@ use crate::inspect::site::WORD;
 use crate::inspect::trial::{self, Placement, Trial};
 use crate::inspect::{HIGH_BASE, Interface, LOW_BASE};
 use iced_x86::Register;
+use std::collections::BTreeSet;
 use vmi_abi::{Call, Ending, Registers, STACK_LIMIT, number};
 
 /// States from which each call is executed, at each base.
@@ -98,21 +99,24 @@ fn check_call(
         let mut high = trial::call(code, Placement::whole(HIGH_BASE), offset, call, kind, seed);
         let stop = high.machine.run(budget);
         executed.add(&high.machine.trace);
-        most = most.max(high.machine.trace.instructions);
+        let trace = &high.machine.trace;
+        most = most.max(trace.instructions - trace.site.len() as u64);
         cut_short |= matches!(stop, Stop::Budget | Stop::Fuel);
         let goes_on = check.judge(&high, stop);
         if !goes_on {
             break;
         }
+        let again = |seed, before: &Trial<'_>| {
+            trial::again(code, Placement::whole(HIGH_BASE), offset, call, kind, seed, before)
+        };
+        check.half_done(&high, |half| again(seed + trials, half), budget, &mut executed);
         let mut before = high.clone();
         for time in 1..=SITE_CHANGES {
-            let placement = Placement::whole(HIGH_BASE);
-            let seed = seed + trials * time;
-            let next = trial::again(code, placement, offset, call, kind, seed, &before);
-            let Some(mut next) = next else { break };
+            let Some(mut next) = again(seed + trials * time, &before) else { break };
             let stop = next.machine.run(budget);
             executed.add(&next.machine.trace);
             check.judge(&next, stop);
+            check.half_done(&next, |half| again(seed, half), budget, &mut executed);
             if time == SITE_CHANGES && next.rewrote() {
                 let detail = "changes its call site each time that it is called from there";
                 check.once(Rule::Site, next.machine.trace.last, detail);
@@ -221,9 +225,12 @@ impl Check<'_, '_> {
         let trace = &trial.machine.trace;
         self.report.breaches(self.code, &self.subject, &trace.breaches);
         self.judge_site(trial);
-        self.place = match trace.site.is_empty() {
-            true => String::new(),
-            false => format!("with `{}` at the call site: ", super::at_site(&trace.site)),
+        let base = trial.machine.memory.image_base();
+        let end = trial.site.as_ref().map_or(0, |site| site.end);
+        // A filler alone is nothing to speak of.
+        self.place = match trace.site.iter().any(|i| base.wrapping_add(i.ip32()) < end) {
+            false => String::new(),
+            true => format!("with `{}` at the call site: ", super::at_site(&trace.site)),
         };
         let goes_on = self.judge_contract(trial, stop);
         self.place.clear();
@@ -478,7 +485,7 @@ impl Check<'_, '_> {
         for store in stores {
             let at = store.offset;
             let (first, end) = (store.changed.start, store.changed.end);
-            let beside = first < site.first || end > site.end;
+            let beside = first < site.first || end > site.resume;
             let crosses = first / WORD != (end - 1) / WORD;
             if self.keeps_site {
                 let detail =
@@ -490,14 +497,11 @@ impl Check<'_, '_> {
             } else if !site.proven {
                 let detail = "changes a call site whose bytes do not prove that it calls this code";
                 self.violation(Rule::Site, at, detail);
-            } else if stores.len() > 1 {
-                let detail = "changes its call site by more than one store: another processor may execute what is half done";
-                self.violation(Rule::Site, at, detail);
             } else if crosses && !store.locked {
                 let detail = "changes bytes in two aligned words of 8 bytes: another processor may execute what is half done";
                 self.violation(Rule::Site, at, detail);
             } else if !store.locked
-                && (store.covered.start < site.first || store.covered.end > site.end)
+                && (store.covered.start < site.first || store.covered.end > site.resume)
             {
                 let detail = "stores over bytes beside its call site without a LOCK prefix: what another processor \
                               writes there can be lost";
@@ -507,6 +511,50 @@ impl Check<'_, '_> {
                 self.violation(Rule::Site, at, detail);
             } else if crosses {
                 self.report.one_processor.insert(self.subject.name);
+            }
+        }
+    }
+
+    /// What another processor may find at a site that was changed by more than one store, each of which it
+    /// sees as a whole: it reads the site from its start, so what it reads later may be newer.
+    fn half_done<'b>(
+        &mut self,
+        trial: &Trial<'_>,
+        again: impl Fn(&Trial<'_>) -> Option<Trial<'b>>,
+        budget: u64,
+        executed: &mut Executed,
+    ) {
+        let (Some(site), stores) = (&trial.site, &trial.machine.trace.text_stores) else { return };
+        if stores.len() < 2 || stores.iter().any(|store| store.left.len() != site.bytes.len()) {
+            return;
+        }
+        let states: Vec<&[u8]> =
+            [&*site.bytes].into_iter().chain(stores.iter().map(|store| &*store.left)).collect();
+        let splits = |at: u32| {
+            stores.iter().any(|store| (store.changed.start + 1..store.changed.end).contains(&at))
+        };
+        let mut found = BTreeSet::new();
+        for (place, older) in states.iter().enumerate() {
+            for newer in states.get(place..).unwrap_or_default() {
+                let borders = (0..older.len()).filter(|at| !splits(site.start + *at as u32));
+                found.extend(borders.map(|at| [&older[..at], &newer[at..]].concat()));
+            }
+        }
+        for bytes in found.iter().filter(|bytes| **bytes != site.bytes) {
+            let mut half = trial.clone();
+            if let Some(text) = &mut half.machine.memory.text {
+                text.set_site(bytes);
+            }
+            let Some(mut half) = again(&half) else { continue };
+            let stop = half.machine.run(budget);
+            executed.add(&half.machine.trace);
+            let known = self.report.violations.len();
+            self.judge_contract(&half, stop);
+            if self.report.violations.len() > known || !half.machine.trace.breaches.is_empty() {
+                self.report.violations.truncate(known);
+                let detail = "changes its call site by more than one store, and what is half done is another thing: \
+                              another processor may execute it";
+                self.once(Rule::Site, trial.machine.trace.last, detail);
             }
         }
     }

@@ -1,4 +1,4 @@
-//! Memory of a running QEMU over its gdb stub.
+//! Memory of a running QEMU over its gdb stub: read by the inspector, and stored to by whoever wants to stop a machine.
 //!
 //! The stub stops the machine when somebody connects. So a machine that ran is told to go on, also
 //! when the reading fails; one that was never started (`-S`) is left as it is. The stub cannot tell
@@ -6,6 +6,7 @@
 
 use super::wire::{Wire, WireError, excerpt};
 use std::ops::Range;
+use std::path::Path;
 use std::time::Duration;
 
 /// Bytes of memory in one packet; every stub's packets hold twice as many digits.
@@ -39,6 +40,26 @@ pub(super) fn read(
     Ok(memory)
 }
 
+/// Stores words to physical memory, devices' among it, while the machine stands.
+pub(crate) fn store(
+    socket: &Path,
+    stores: &[(u32, u32)],
+    limit: Duration,
+) -> Result<(), WireError> {
+    let wire = Wire::unix(socket, limit)?;
+    let mut stub = Stub { wire, keep_stopped: false, console: Vec::new() };
+    stub.use_physical_addresses()?;
+    let doing = "storing to memory";
+    for (address, value) in stores {
+        let digits: String = value.to_le_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
+        let answer = stub.ask(&format!("M{address:x},4:{digits}"), doing)?;
+        if answer != b"OK" {
+            return Err(WireError::Refused { doing, reason: excerpt(&answer) });
+        }
+    }
+    Ok(())
+}
+
 struct Stub {
     wire: Wire,
     keep_stopped: bool,
@@ -70,18 +91,22 @@ fn packet(text: &str) -> Vec<u8> {
 }
 
 impl Stub {
-    fn memory(&mut self, area: Range<u64>) -> Result<Vec<u8>, WireError> {
+    fn use_physical_addresses(&mut self) -> Result<(), WireError> {
         let doing = "asking for physical addresses";
         match self.ask("Qqemu.PhyMemMode:1", doing)?.as_slice() {
-            b"OK" => {}
+            b"OK" => Ok(()),
             b"" => {
                 let reason =
                     "the stub is not QEMU's, or older than 4.1: it cannot read physical memory"
                         .into();
-                return Err(WireError::Refused { doing, reason });
+                Err(WireError::Refused { doing, reason })
             }
-            other => return Err(WireError::Protocol { doing, said: excerpt(other) }),
+            other => Err(WireError::Protocol { doing, said: excerpt(other) }),
         }
+    }
+
+    fn memory(&mut self, area: Range<u64>) -> Result<Vec<u8>, WireError> {
+        self.use_physical_addresses()?;
         let doing = "reading memory";
         let mut memory = Vec::new();
         let mut at = area.start;

@@ -7,6 +7,7 @@ use crate::hypervisor::{self, Mode, Paging, Task};
 use crate::progress::Progress;
 use crate::qemu::{Attachment, Machine};
 use crate::toolchain::Findings;
+use crate::verbs::boots::shows;
 use crate::xen;
 use anyhow::{Result, bail};
 use sha2::{Digest, Sha256};
@@ -44,7 +45,7 @@ pub(super) fn run(findings: &Findings, all: &super::Args) -> Result<ExitCode> {
     let subject =
         Subject { rom: Some(Attachment::OptionRom(rom.to_owned())), client: Client::Lookup };
     let machine = Machine { limit, ..Machine::default() };
-    let show = all.shows(&progress);
+    let show = shows(all.verbose, &progress);
     let result = conformance::check(&built.emulator, &built.guest, &subject, &machine, show)?;
     drop(progress);
     let complaint = result.complaint();
@@ -52,15 +53,16 @@ pub(super) fn run(findings: &Findings, all: &super::Args) -> Result<ExitCode> {
 
     let progress = Progress::start("running the guest on the reference hypervisor");
     let (mode, paging) = (Mode::VmiBatched, Paging::Shadow);
-    let setup = hypervisor::Setup { built: &below, rom: Some(rom), mode, paging, limit };
-    let hosted = setup.run(Task::Conformance, all.shows(&progress))?;
+    let setup =
+        hypervisor::Setup { built: &below, rom: Some(rom), mode, paging, limit, traced: false };
+    let hosted = setup.run(Task::Conformance, shows(all.verbose, &progress))?;
     drop(progress);
     let complaint = hosted.complaint();
     add("reference", hosted.conformance, complaint);
 
     let progress = Progress::start(format!("running the guest on Xen {}", xen.version));
     let setup = xen::Setup { built: &built, xen: &xen, rom: Some(rom), costs: false, limit };
-    let hosted = setup.run(all.shows(&progress))?;
+    let hosted = setup.run(shows(all.verbose, &progress))?;
     drop(progress);
     let complaint = hosted.complaint();
     add("xen", hosted.conformance, complaint);

@@ -3,12 +3,13 @@
 use super::{Tried, closing, failures, table};
 use crate::build;
 use crate::conformance::{Client, Subject};
-use crate::hypervisor::{self, Comparison, Hosted, Mode, Paging, Setup, Task};
+use crate::hypervisor::{self, Comparison, Fate, Hosted, Mode, Paging, Setup, Task, last_words};
 use crate::progress::Progress;
 use crate::qemu::Attachment;
 use crate::table::{Align, BAD, Cell, DIM, GOOD, HEAD, Table};
 use crate::tap::{self, WorkloadLine};
 use crate::toolchain::Findings;
+use crate::verbs::boots::{TraceFile, shows};
 use crate::xen::source::Build;
 use anyhow::{Result, bail};
 use std::path::PathBuf;
@@ -19,6 +20,8 @@ use std::process::ExitCode;
 pub(super) enum Host {
     /// The reference hypervisor.
     Reference,
+    /// KVM, itself in QEMU's translator: Linux only, to compare with. `setup --kvm` gets its kernel.
+    Kvm,
     /// Xen, as a guest with paravirtualization; what there is not yet of it, is built first.
     Xen,
     /// One image and one guest on bare hardware, on the reference hypervisor in batches, and on Xen.
@@ -60,6 +63,14 @@ pub(super) struct Options {
     /// Let the guest try what no guest should.
     #[arg(long, requires = "on", conflicts_with = "workload")]
     hostile: bool,
+    /// Let the guest come to a bad end, and show what the hypervisor says of it.
+    #[arg(long, value_enum, value_name = "FATE", requires = "on")]
+    #[arg(conflicts_with_all = ["workload", "hostile"])]
+    end: Option<Fate>,
+    /// Write what happened when, for Perfetto or chrome://tracing: a process for each mode. If the name ends in `.svg`, draw it instead: a
+    /// panel for each mode.
+    #[arg(long, value_name = "FILE", requires = "on")]
+    pub(super) trace: Option<PathBuf>,
 }
 
 impl Options {
@@ -73,9 +84,10 @@ impl Options {
     }
 
     pub(super) fn task(&self) -> Task {
-        match (self.workload, self.hostile) {
-            (true, _) => Task::Workload,
-            (_, true) => Task::Hostile,
+        match (self.workload, self.hostile, self.end) {
+            (true, ..) => Task::Workload,
+            (_, true, _) => Task::Hostile,
+            (.., Some(fate)) => Task::End(fate),
             _ => Task::Conformance,
         }
     }
@@ -94,6 +106,7 @@ pub(super) fn run(findings: &Findings, all: &super::Args) -> Result<ExitCode> {
     if let Some(rom) = &all.rom {
         build::read(rom)?;
     }
+    let trace = TraceFile::create(args.trace.as_deref())?;
     let built = hypervisor::build_all(findings)?;
     let mut runs = Vec::new();
     for mode in args.modes() {
@@ -104,16 +117,21 @@ pub(super) fn run(findings: &Findings, all: &super::Args) -> Result<ExitCode> {
             mode,
             paging: args.paging,
             limit: all.limit(),
+            traced: trace.is_some(),
         };
-        runs.push(setup.run(args.task(), all.shows(&progress))?);
+        runs.push(setup.run(args.task(), shows(all.verbose, &progress))?);
     }
-    let passes = runs.iter().all(|run| run.complaint().is_none());
+    if let Some(trace) = trace {
+        trace.write(runs.iter().map(|run| (run.mode.name(), run.record.as_ref())))?;
+    }
+    let ends = runs.iter().map(|run| (run.complaint().is_none(), run.end));
+    let code = hypervisor::exit_code(ends);
     if all.json {
         println!("{}", serde_json::to_string_pretty(&json(&runs))?);
     } else {
         anstream::print!("{}", text(args.task(), runs));
     }
-    Ok(if passes { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(code)
 }
 
 /// Everything for a reader.
@@ -125,6 +143,7 @@ fn text(task: Task, runs: Vec<Hosted>) -> String {
             exits(&comparisons) + "\n" + &causes(&comparisons)
         }
         Task::Hostile => attempts(&runs),
+        Task::End(_) => String::new(),
     };
     for run in &runs {
         text.push_str(&failures(run.mode.name(), &run.conformance));
@@ -147,7 +166,7 @@ fn text(task: Task, runs: Vec<Hosted>) -> String {
             }
         });
         if run.complaint().is_some() {
-            text.push_str(&last_words(run));
+            text.push_str(&words(run));
         }
     }
     text
@@ -156,7 +175,7 @@ fn text(task: Task, runs: Vec<Hosted>) -> String {
 /// The calls, as without a hypervisor: a column for each mode.
 fn conformance_text(runs: Vec<Hosted>) -> String {
     let complaints: String =
-        runs.iter().filter(|run| run.complaint().is_some()).map(last_words).collect();
+        runs.iter().filter(|run| run.complaint().is_some()).map(words).collect();
     let tried: Vec<Tried> = runs
         .into_iter()
         .map(|run| {
@@ -178,21 +197,10 @@ fn conformance_text(runs: Vec<Hosted>) -> String {
     text + &complaints
 }
 
-/// What the hypervisor said last of a run that failed, but for its table of counters.
-fn last_words(run: &Hosted) -> String {
-    const LINES: usize = 24;
-    let names: Vec<&str> = tap::named(&Default::default()).map(|(name, _)| name).collect();
-    let is_counter = |line: &&str| {
-        line.starts_with("counters ")
-            || line.starts_with("exits ")
-            || names.iter().any(|name| line.starts_with(name))
-    };
-    let lines: Vec<&str> = run.run().host.lines().filter(|line| !is_counter(line)).collect();
-    let mut text = format!("  {}: the hypervisor's last lines:\n", run.mode.name());
-    for line in &lines[lines.len().saturating_sub(LINES)..] {
-        text.push_str(&format!("    {}\n", line.trim_end().escape_debug()));
-    }
-    text
+/// How a run that failed ended, and what the hypervisor said last.
+fn words(run: &Hosted) -> String {
+    let (name, end) = (run.mode.name(), run.end.name());
+    format!("  {name}: ended: {end}; the hypervisor's last lines:\n{}", last_words(&run.run().host))
 }
 
 /// One row for each piece of work: exits for each operation, by mode.
@@ -308,6 +316,7 @@ fn json(runs: &[Hosted]) -> serde_json::Value {
                 "paging": run.paging,
                 "passes": run.complaint().is_none(),
                 "complaint": run.complaint(),
+                "end": run.end.name(),
                 "seconds": run.run().duration.as_secs_f64(),
                 "command": run.run().command,
                 "exits": exits,

@@ -8,6 +8,7 @@ use crate::qemu::Attachment;
 use crate::table::{Align, Cell, GOOD, PLAIN, Table};
 use crate::tap::XenCostLine;
 use crate::toolchain::Findings;
+use crate::verbs::boots::shows;
 use crate::xen::{self, Setup};
 use anyhow::Result;
 use std::process::ExitCode;
@@ -29,7 +30,7 @@ pub(super) fn run(findings: &Findings, all: &super::Args) -> Result<ExitCode> {
     let (rom, limit) = (all.rom.as_deref(), all.limit());
     let setup = Setup { built: &built, xen: &xen, rom, costs: all.costs, limit };
     let progress = Progress::start(format!("running the guest on Xen {}", xen.version));
-    let hosted = setup.run(all.shows(&progress))?;
+    let hosted = setup.run(shows(all.verbose, &progress))?;
     drop(progress);
 
     let complaint = hosted.complaint();
