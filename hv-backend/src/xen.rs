@@ -108,6 +108,8 @@ pub struct Xen {
     frames: Frames,
     /// What Xen says to this virtual processor, and it to Xen, in a cache line of its own.
     shared: Aligned<Shared>,
+    /// How many events there were for the guest: interrupts, and such as it looks for itself.
+    woken: Cell<u32>,
     cr0: Cell<u32>,
     cr3: Cell<u32>,
     cr4: Cell<u32>,
@@ -314,12 +316,24 @@ impl Xen {
         self.shared.mask.store(1, Relaxed);
     }
 
-    /// Halt: Xen turns interrupts on and waits for one, in one step.
+    /// Halt: Xen turns interrupts on and waits for one, in one step. It also comes back for what is none, such as a timer that is a
+    /// little early.
     pub fn halt(&self, machine: &impl Machine) {
         self.disable();
         self.flush(machine);
-        let status = machine.hypercall(hypercall::SCHED_OP, [sched::BLOCK, 0, 0, 0]);
-        self.expect(machine, number::Halt, 0, status);
+        let before = self.woken.get();
+        loop {
+            let status = machine.hypercall(hypercall::SCHED_OP, [sched::BLOCK, 0, 0, 0]);
+            let done = !self.expect(machine, number::Halt, 0, status);
+            self.disable();
+            if done || self.woken.get() != before {
+                break;
+            }
+        }
+        self.shared.mask.store(0, Relaxed);
+        if self.shared.pending.load(Relaxed) != 0 {
+            deliver(machine);
+        }
     }
 
     /// GetCR2, the call by which a guest looks at a page fault: what waits may have mapped the address.

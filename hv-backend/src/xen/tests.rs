@@ -574,8 +574,28 @@ fn what_became_pending_is_asked_for_when_interrupts_are_on_again() {
         assert_eq!(xen.shared.mask.load(Relaxed), were_off);
         assert_eq!(model.taken().contains(&asks), delivers);
     }
+}
+
+#[test]
+fn a_wait_ends_with_an_event_and_with_nothing_else() {
+    let model = Model::new();
+    let xen: &'static Xen = std::boxed::Box::leak(model.started());
+    let waits = std::rc::Rc::new(Cell::new(0));
+    let counted = waits.clone();
+    *model.wait.borrow_mut() = Some(std::boxed::Box::new(move || {
+        counted.set(counted.get() + 1);
+        if counted.get() == 3 {
+            xen.woken.set(xen.woken.get() + 1);
+        }
+    }));
     xen.halt(&model);
-    assert_eq!(model.taken(), [Made::Number(hypercall::SCHED_OP, [sched::BLOCK, 0, 0, 0])]);
+    assert_eq!((waits.get(), xen.shared.mask.load(Relaxed)), (3, 0));
+    let block = Made::Number(hypercall::SCHED_OP, [sched::BLOCK, 0, 0, 0]);
+    assert_eq!(model.taken(), [0; 3].map(|_| block.clone()));
+    // One that Xen refuses is no wait at all.
+    model.answer(&[error::EINVAL]);
+    xen.halt(&model);
+    assert_eq!((waits.get(), xen.refusals.get()), (3, 1));
 }
 
 /// Has the page say that a cycle is so many nanoseconds, times 2^32 and shifted.
@@ -646,8 +666,8 @@ fn an_alarm_comes_at_its_vector_once_or_again() {
     assert_eq!(timers(&model), [5_001_000]);
     model.tsc.set(3000);
     assert_eq!(timer_event(&model, &xen), 0xc000_2222);
-    assert_eq!(timers(&model), [0], "no other is armed");
-    assert_eq!(timer_event(&model, &xen), 0, "it comes once");
+    assert_eq!((timers(&model), xen.woken.get()), (std::vec![0], 1), "no other is armed");
+    assert_eq!((timer_event(&model, &xen), xen.woken.get()), (0, 1), "it comes once");
     assert_eq!(xen.cancel_alarm(&model, 0), 0);
 
     // Every 100 cycles; what is missed is one.
@@ -684,7 +704,7 @@ fn events_of_the_guests_own_stay_pending_for_it() {
     model.store(mask, 1 << 7);
     xen.shared.selector.store(1 << 2, Relaxed);
     xen.shared.pending.store(1, Relaxed);
-    assert_eq!(xen.next_event(&model), Delivery::default());
+    assert_eq!((xen.next_event(&model), xen.woken.get()), (Delivery::default(), 1));
     assert_eq!((model.load(pending), model.load(mask)), (1 << 6 | 1 << 7, 1 << 6 | 1 << 7));
     assert_eq!((xen.shared.pending.load(Relaxed), xen.shared.selector.load(Relaxed)), (0, 0));
 }
