@@ -108,6 +108,8 @@ pub struct Xen {
     frames: Frames,
     /// What Xen says to this virtual processor, and it to Xen, in a cache line of its own.
     shared: Aligned<Shared>,
+    /// How many events there were for the guest: interrupts, and such as it looks for itself.
+    woken: Cell<u32>,
     cr0: Cell<u32>,
     cr3: Cell<u32>,
     cr4: Cell<u32>,
@@ -314,12 +316,24 @@ impl Xen {
         self.shared.mask.store(1, Relaxed);
     }
 
-    /// Halt: Xen turns interrupts on and waits for one, in one step.
+    /// Halt: Xen turns interrupts on and waits for one, in one step. It also comes back for what is none, such as a timer that is a
+    /// little early.
     pub fn halt(&self, machine: &impl Machine) {
         self.disable();
         self.flush(machine);
-        let status = machine.hypercall(hypercall::SCHED_OP, [sched::BLOCK, 0, 0, 0]);
-        self.expect(machine, number::Halt, 0, status);
+        let before = self.woken.get();
+        loop {
+            let status = machine.hypercall(hypercall::SCHED_OP, [sched::BLOCK, 0, 0, 0]);
+            let done = !self.expect(machine, number::Halt, 0, status);
+            self.disable();
+            if done || self.woken.get() != before {
+                break;
+            }
+        }
+        self.shared.mask.store(0, Relaxed);
+        if self.shared.pending.load(Relaxed) != 0 {
+            deliver(machine);
+        }
     }
 
     /// GetCR2, the call by which a guest looks at a page fault: what waits may have mapped the address.
@@ -364,6 +378,7 @@ impl Xen {
     #[inline(never)]
     fn drain(&self, machine: &impl Machine) {
         let waiting = self.waiting.replace(0);
+        self.tables.changing.set(0);
         let updates = self.updates.get(..(waiting % ONE_CALL) as usize).unwrap_or_default();
         let calls = self.calls.get(..(waiting / ONE_CALL) as usize).unwrap_or_default();
         if !updates.is_empty() {
@@ -425,14 +440,28 @@ impl Xen {
             place.set(MulticallEntry { op, result: 0, args: [a, b, c, d, 0, 0] });
             self.called(machine, number);
         } else {
-            self.call_now(machine, op, arguments, number);
+            let [a, b, c, d] = arguments;
+            self.call_now(machine, op, a, b, c, d, number);
         }
     }
 
     #[inline(never)]
-    fn call_now(&self, machine: &impl Machine, op: u32, arguments: [u32; 4], number: CallNumber) {
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "an array would lie on the stack on the frequent way, too"
+    )]
+    fn call_now(
+        &self,
+        machine: &impl Machine,
+        op: u32,
+        a: u32,
+        b: u32,
+        c: u32,
+        d: u32,
+        number: CallNumber,
+    ) {
         self.flush(machine);
-        self.expect(machine, number, arguments[0], machine.hypercall(op, arguments));
+        self.expect(machine, number, a, machine.hypercall(op, [a, b, c, d]));
     }
 
     /// One call more waits, of this number. A full array goes over.

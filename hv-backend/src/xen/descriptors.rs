@@ -23,6 +23,10 @@ pub(super) struct Tables {
     idt: Cell<Table>,
     ldt_selector: Cell<u32>,
     task_selector: Cell<u32>,
+    /// The task state segment of that selector, when it was loaded. 0: none.
+    task_state: Cell<u32>,
+    /// A bit for each entry of the GDT, by its number mod 32: a change of it waits.
+    pub(super) changing: Cell<u32>,
     gdt_copy: Copied,
     ldt_copy: Copied,
     /// A bit for each vector: Xen knows a handler of it.
@@ -152,9 +156,10 @@ impl Xen {
     pub fn set_task(&self, machine: &impl Machine, selector: u32) {
         self.tables.task_selector.set(selector & 0xffff);
         let (low, high) = self.descriptor(machine, selector);
-        if high & PRESENT != 0 {
-            let esp0 = machine.load(base(low, high).wrapping_add(ESP0));
-            self.switch_stack(machine, esp0);
+        let state = if high & PRESENT != 0 { base(low, high) } else { 0 };
+        self.tables.task_state.set(state);
+        if state != 0 {
+            self.switch_stack(machine, machine.load(state.wrapping_add(ESP0)));
         }
     }
 
@@ -191,9 +196,21 @@ impl Xen {
     ) {
         store(machine, table, index, low, high);
         // Beyond the limit no processor would see it.
-        if table == self.tables.gdt.get().base && index < self.tables.gdt_copy.entries.get() {
-            self.write_copy(machine, GDT_OFFSET, index, low, high, number::WriteGDTEntry);
+        let Tables { gdt, gdt_copy, changing, .. } = &self.tables;
+        if table != gdt.get().base || index >= gdt_copy.entries.get() {
+            return;
         }
+        // Most switches write the descriptors that are there: nothing to tell Xen, unless a change waits.
+        let bit = 1 << (index % 32);
+        let there = self.copy_address(GDT_OFFSET).wrapping_add(index * SIZE);
+        let (old_low, old_high) = (machine.load(there), machine.load(there.wrapping_add(4)));
+        let (wanted_low, wanted_high) = segment(low, high);
+        let is_same = old_low == wanted_low && (old_high ^ wanted_high) & !ACCESSED == 0;
+        if is_same && changing.get() & bit == 0 {
+            return;
+        }
+        changing.set(changing.get() | bit);
+        self.write_copy(machine, GDT_OFFSET, index, low, high, number::WriteGDTEntry);
     }
 
     /// WriteLDTEntry.
@@ -292,9 +309,9 @@ impl Xen {
 
     /// UpdateKernelStack. Xen looks at it on the way from a program, and what waits goes over before that.
     pub fn update_kernel_stack(&self, machine: &impl Machine, esp0: u32) {
-        let (low, high) = self.descriptor(machine, self.tables.task_selector.get());
-        if high & PRESENT != 0 {
-            machine.store(base(low, high).wrapping_add(ESP0), esp0);
+        let state = self.tables.task_state.get();
+        if state != 0 {
+            machine.store(state.wrapping_add(ESP0), esp0);
         }
         self.switch_stack(machine, esp0);
     }

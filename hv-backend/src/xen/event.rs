@@ -36,6 +36,7 @@ impl Xen {
             }
             // Without a handler it is lost, as on a machine whose vector leads nowhere: there the guest would be, too.
             if let Some(delivery) = self.delivery(machine, vector) {
+                self.woken.set(self.woken.get().wrapping_add(1));
                 return delivery;
             }
         }
@@ -63,6 +64,7 @@ impl Xen {
         }
         events &= !timer;
         if events != 0 {
+            self.woken.set(self.woken.get().wrapping_add(1));
             machine.set_bits(mask, events);
         }
     }

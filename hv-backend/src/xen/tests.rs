@@ -403,13 +403,15 @@ fn a_context_switch_is_one_multicall() {
     let xen = with_tables(&model);
     tree(&model);
     xen.set_cr3(&model, 20 << 12);
-    for overwrites in [false, true] {
+    for (overwrites, kind) in [(false, [0x1111, DATA[1]]), (true, [0x2222, DATA[1]])] {
         model.overwrites.set(overwrites);
         model.made.borrow_mut().clear();
         xen.set_lazy_mode(&model, CPU);
         xen.set_cr3(&model, 20 << 12);
         xen.update_kernel_stack(&model, 0xc000_f000);
-        (1..4).for_each(|index| xen.write_gdt_entry(&model, GDT, index, DATA[0], DATA[1]));
+        for index in [1, 2, 5] {
+            xen.write_gdt_entry(&model, GDT, index, kind[0], kind[1]);
+        }
         xen.clear_task_switched(&model);
         assert!(model.taken().is_empty());
         xen.set_lazy_mode(&model, OFF);
@@ -420,6 +422,28 @@ fn a_context_switch_is_one_multicall() {
     }
     assert_eq!(model.load(LINEAR + 0x5004), 0xc000_f000, "in the task state segment, too");
     assert_eq!(xen.refusals.get(), 0);
+}
+
+#[test]
+fn a_descriptor_that_is_there_already_costs_nothing() {
+    let model = Model::new();
+    let xen = with_tables(&model);
+    model.made.borrow_mut().clear();
+    xen.set_lazy_mode(&model, CPU);
+    let write = |index, [low, high]: [u32; 2]| xen.write_gdt_entry(&model, GDT, index, low, high);
+    write(1, CODE);
+    write(2, [DATA[0], DATA[1] | 1 << 8]);
+    assert_eq!(xen.waiting.get(), 0, "as it is, but for having been used");
+    // There and back: the second is what Xen has, and not what it will have.
+    write(2, CODE);
+    write(2, DATA);
+    write(1, CODE);
+    xen.set_lazy_mode(&model, OFF);
+    let two = std::vec![hypercall::UPDATE_DESCRIPTOR; 2];
+    assert_eq!(model.taken(), [Made::Multicall(two)]);
+    assert_eq!(copied(&model, GDT_OFFSET, 2), long(DATA));
+    write(2, DATA);
+    assert!(model.taken().is_empty());
 }
 
 #[test]
@@ -550,8 +574,28 @@ fn what_became_pending_is_asked_for_when_interrupts_are_on_again() {
         assert_eq!(xen.shared.mask.load(Relaxed), were_off);
         assert_eq!(model.taken().contains(&asks), delivers);
     }
+}
+
+#[test]
+fn a_wait_ends_with_an_event_and_with_nothing_else() {
+    let model = Model::new();
+    let xen: &'static Xen = std::boxed::Box::leak(model.started());
+    let waits = std::rc::Rc::new(Cell::new(0));
+    let counted = waits.clone();
+    *model.wait.borrow_mut() = Some(std::boxed::Box::new(move || {
+        counted.set(counted.get() + 1);
+        if counted.get() == 3 {
+            xen.woken.set(xen.woken.get() + 1);
+        }
+    }));
     xen.halt(&model);
-    assert_eq!(model.taken(), [Made::Number(hypercall::SCHED_OP, [sched::BLOCK, 0, 0, 0])]);
+    assert_eq!((waits.get(), xen.shared.mask.load(Relaxed)), (3, 0));
+    let block = Made::Number(hypercall::SCHED_OP, [sched::BLOCK, 0, 0, 0]);
+    assert_eq!(model.taken(), [0; 3].map(|_| block.clone()));
+    // One that Xen refuses is no wait at all.
+    model.answer(&[error::EINVAL]);
+    xen.halt(&model);
+    assert_eq!((waits.get(), xen.refusals.get()), (3, 1));
 }
 
 /// Has the page say that a cycle is so many nanoseconds, times 2^32 and shifted.
@@ -622,8 +666,8 @@ fn an_alarm_comes_at_its_vector_once_or_again() {
     assert_eq!(timers(&model), [5_001_000]);
     model.tsc.set(3000);
     assert_eq!(timer_event(&model, &xen), 0xc000_2222);
-    assert_eq!(timers(&model), [0], "no other is armed");
-    assert_eq!(timer_event(&model, &xen), 0, "it comes once");
+    assert_eq!((timers(&model), xen.woken.get()), (std::vec![0], 1), "no other is armed");
+    assert_eq!((timer_event(&model, &xen), xen.woken.get()), (0, 1), "it comes once");
     assert_eq!(xen.cancel_alarm(&model, 0), 0);
 
     // Every 100 cycles; what is missed is one.
@@ -660,7 +704,7 @@ fn events_of_the_guests_own_stay_pending_for_it() {
     model.store(mask, 1 << 7);
     xen.shared.selector.store(1 << 2, Relaxed);
     xen.shared.pending.store(1, Relaxed);
-    assert_eq!(xen.next_event(&model), Delivery::default());
+    assert_eq!((xen.next_event(&model), xen.woken.get()), (Delivery::default(), 1));
     assert_eq!((model.load(pending), model.load(mask)), (1 << 6 | 1 << 7, 1 << 6 | 1 << 7));
     assert_eq!((xen.shared.pending.load(Relaxed), xen.shared.selector.load(Relaxed)), (0, 0));
 }

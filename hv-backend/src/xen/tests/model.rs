@@ -73,6 +73,8 @@ pub(super) struct Model {
     pub(super) tsc: Cell<u64>,
     pub(super) task_switched: Cell<bool>,
     pub(super) root: Cell<u32>,
+    /// What happens while the domain waits.
+    pub(super) wait: RefCell<Option<std::boxed::Box<dyn Fn()>>>,
     operations: RefCell<Vec<MmuExtOp>>,
 }
 
@@ -289,6 +291,12 @@ impl Model {
                 self.poke(table, (a & 0xfff) / 8, u64::from(d) << 32 | u64::from(c));
                 0
             }
+            hypercall::SCHED_OP => {
+                if let Some(wait) = self.wait.borrow().as_ref() {
+                    wait();
+                }
+                0
+            }
             hypercall::FPU_TASKSWITCH => {
                 self.task_switched.set(a != 0);
                 0
@@ -310,6 +318,7 @@ pub(super) fn zeroed() -> std::boxed::Box<Xen> {
         last_place: Cell::default(),
         frames: Frames::default(),
         shared: Aligned::default(),
+        woken: Cell::default(),
         cr0: Cell::default(),
         cr3: Cell::default(),
         cr4: Cell::default(),

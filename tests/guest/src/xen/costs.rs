@@ -18,6 +18,7 @@ use crate::segments::{GDT, TASK_STATE};
 use crate::{processor, suite};
 use core::arch::asm;
 use core::arch::x86::_rdtsc;
+use core::cell::Cell;
 use vmi_abi::flags::{EntryFlags, LazyMode};
 use vmi_hv_backend::xen::interface::{
     DOMID_SELF, HYPERCALL_VECTOR, MmuExtOp, MmuUpdate, MulticallEntry, hypercall, mmuext,
@@ -28,6 +29,12 @@ const AREA: u32 = 0xd800_0000;
 
 /// In CR0.
 const TASK_SWITCHED: u32 = 1 << 3;
+
+/// Entries of the GDT that nothing uses.
+const UNUSED: [u32; 3] = [28, 29, 30];
+
+/// The upper half of a data segment for ring 3, of some bytes: Xen changes the limit of one that is flat.
+const USER_DATA: u32 = 0x0040_f200;
 
 /// Sizes of batches.
 const SIZES: [u32; 5] = [1, 8, 32, 64, 128];
@@ -181,14 +188,7 @@ fn count_switch(empty: u32) {
     let state = (&raw const TASK_STATE) as u32;
     let stack = suite::trap_stack_top();
     let gdt = (&raw const GDT) as u32;
-    // Entries that nothing uses, each written as it is.
-    let places = [0, 1, 2].map(|index| (6 + index, gdt + 8 * (6 + index)));
-    let descriptors = places.map(|(index, there)| {
-        // SAFETY: the guest's own table.
-        let [low, high] = unsafe { (there as *const [u32; 2]).read() };
-        (index, low, high)
-    });
-    let by_rom = || {
+    let by_rom = |descriptors: [(u32, u32, u32); 3]| {
         // SAFETY: everything is set to what it is, but for the flag, which is set before.
         unsafe {
             CALLS.SetLazyMode(LazyMode::CPU.0);
@@ -209,7 +209,7 @@ fn count_switch(empty: u32) {
     unsafe { asm!("mov {:e}, ss", out(reg) selector, options(nomem, nostack, preserves_flags)) };
     // The copy of the GDT that the ROM gave Xen is nobody's to know: entries of a page of the guest's own cost the same.
     let own = machine_frame(physical(&raw const TEST_FRAMES) / PAGE) * PAGE;
-    let raw = || {
+    let raw = |descriptors: [(u32, u32, u32); 3]| {
         let calls = (&raw mut SWITCH).cast::<MulticallEntry>();
         let base = &raw mut BASE;
         let entry = |op, args: [u32; 4]| {
@@ -232,10 +232,23 @@ fn count_switch(empty: u32) {
     };
     let count = |count: Option<u32>| count.unwrap_or(0).max(empty) - empty;
     let cr0 = CALLS.GetCR0();
-    // SAFETY: the work clears it again.
-    let before = || unsafe { CALLS.SetCR0(cr0 | TASK_SWITCHED) };
-    let [rom, raw] = [count(steady(before, by_rom)), count(steady(before, raw))];
+    // Every second time one limit, every other time another: a descriptor that is there already the ROM does not tell Xen.
+    let limit = Cell::new(0x0fff);
+    let descriptors = || UNUSED.map(|index| (index, limit.get(), USER_DATA));
+    for (name, toggle) in [("context switch", 1), ("context switch, same descriptors", 0)] {
+        let before = || {
+            limit.set(limit.get() ^ toggle);
+            // SAFETY: the work clears it again.
+            unsafe { CALLS.SetCR0(cr0 | TASK_SWITCHED) };
+        };
+        let rom = count(steady(before, || by_rom(descriptors())));
+        let raw = count(steady(before, || raw(descriptors())));
+        line!("# xen-cost work=\"{name}\" entries=1 rom={rom} raw={raw} trapped=0");
+    }
+    for index in UNUSED {
+        // SAFETY: they were empty.
+        unsafe { CALLS.WriteGDTEntry(gdt, index, 0, 0) };
+    }
     // SAFETY: what it was.
     unsafe { CALLS.SetCR0(cr0) };
-    line!("# xen-cost work=\"context switch\" entries=1 rom={rom} raw={raw} trapped=0");
 }
