@@ -188,20 +188,19 @@ impl Xen {
         was_armed.into()
     }
 
+    /// When an alarm comes, in system time; never 0. What is stolen from now on makes one of available cycles later: then it is set
+    /// anew.
+    fn time_of(&self, scale: Scale, alarm: &Alarm) -> u64 {
+        let counter = CycleCounter(alarm.flags & AlarmFlags::COUNTER_MASK);
+        let later = if counter == CycleCounter::AVAILABLE { self.stolen() } else { 0 };
+        scale.system_time_at(alarm.expiry.saturating_add(later)).max(1)
+    }
+
     /// Sets Xen's timer for the next alarm, or stops it.
     fn set_timer(&self, machine: &impl Machine) {
         let scale = self.scale();
-        let stolen = self.stolen();
         let armed = self.alarms.alarms.iter().map(Cell::get).filter(|alarm| alarm.expiry != 0);
-        let next = armed
-            .map(|alarm| {
-                let counter = CycleCounter(alarm.flags & AlarmFlags::COUNTER_MASK);
-                // What is stolen from now on makes it later: then it is set anew.
-                let later = if counter == CycleCounter::AVAILABLE { stolen } else { 0 };
-                scale.system_time_at(alarm.expiry.saturating_add(later)).max(1)
-            })
-            .min()
-            .unwrap_or(0);
+        let next = armed.map(|alarm| self.time_of(scale, &alarm)).min().unwrap_or(0);
         let halves = [next as u32, (next >> 32) as u32, 0, 0];
         let status = machine.hypercall(hypercall::SET_TIMER_OP, halves);
         // Xen says so of a time that is over, and makes the event at once.
@@ -214,13 +213,18 @@ impl Xen {
     pub(super) fn expire(&self, machine: &impl Machine) {
         for place in &self.alarms.alarms {
             let mut alarm = place.get();
-            let now = self.counter(machine, alarm.flags & AlarmFlags::COUNTER_MASK);
-            if alarm.expiry == 0 || alarm.expiry > now {
+            if alarm.expiry == 0 {
                 continue;
             }
+            // In the units of Xen's timer, for that is not to seem early.
+            let scale = self.scale();
+            if scale.system_time_at(machine.time_stamp()) < self.time_of(scale, &alarm) {
+                continue;
+            }
+            let now = self.counter(machine, alarm.flags & AlarmFlags::COUNTER_MASK);
             alarm.is_due = 1;
             // Those that were missed are one.
-            alarm.expiry = match (now - alarm.expiry).checked_div(alarm.period) {
+            alarm.expiry = match now.saturating_sub(alarm.expiry).checked_div(alarm.period) {
                 Some(missed) => alarm.expiry + (missed + 1) * alarm.period,
                 None => 0,
             };

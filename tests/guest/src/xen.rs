@@ -6,6 +6,7 @@
 #![expect(unsafe_code, reason = "UNSAFETY: hypercalls, and the page that Xen shares")]
 
 mod costs;
+mod interrupted;
 mod refusal;
 
 use crate::boot::PAGE_OFFSET;
@@ -142,6 +143,13 @@ pub(crate) fn run(report: &mut Report, space: Space, rom: Rom) {
         }
     });
     report.point(format_args!("page-table entries that Xen refuses"), &problems);
+    let mut problems = Problems::default();
+    interrupted::run(space, &mut |holds, rule| {
+        if !holds {
+            problems.add(rule);
+        }
+    });
+    report.point(format_args!("page-table entries while interrupts come"), &problems);
     if command_line::has("costs") {
         costs::count(space);
     }
