@@ -188,7 +188,13 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
         flush: impl Fn(),
     ) {
         const PRESENT: u32 = 1;
-        let waits = || flags & self.used_now.get() == 0 || value & PRESENT == 0;
+        let waits = || {
+            if flags & self.used_now.get() == 0 {
+                return true;
+            }
+            seldom();
+            value & PRESENT == 0
+        };
         self.take(backend, update, waits, flush);
     }
 
@@ -420,6 +426,11 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
         Batch(self.updates.get(first as usize..end as usize).unwrap_or_default())
     }
 }
+
+/// What is behind this is not the frequent case, and two comparisons are not to become one computation there.
+#[cold]
+#[inline]
+const fn seldom() {}
 
 /// Whether a call is one before which everything that waits must be visible.
 #[inline]
