@@ -188,7 +188,7 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
         flush: impl Fn(),
     ) {
         const PRESENT: u32 = 1;
-        let waits = || value & PRESENT == 0 || flags & self.used_now.get() == 0;
+        let waits = || flags & self.used_now.get() == 0 || value & PRESENT == 0;
         self.take(backend, update, waits, flush);
     }
 

@@ -90,7 +90,7 @@ pub const fn answer(call: &Call, bind: Bind) -> (RelocationType, Reason) {
 pub enum SiteRule {
     /// Never: the processor has no instruction that stores eight bytes at once.
     Never = 0,
-    /// If one byte is enough: several processors, and an emulator may read code in pieces.
+    /// By one byte at a time: several processors, and an emulator may read code in pieces.
     OneByte = 1,
     /// If all bytes that change lie in one aligned word of eight: what no processor sees torn.
     InAWord = 2,

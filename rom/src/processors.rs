@@ -5,7 +5,7 @@
 //! changed. The MultiProcessor Specification's table lists the processors, of each package the first
 //! (SeaBIOS) or all, and CPUID tells whether a package may hold more. Firmware without the table
 //! leaves the question open, and then only sites within one word are rewritten. An emulator may even
-//! read a word in pieces (QEMU does, with several host threads): there, only one byte is changed.
+//! read a word in pieces (QEMU does, with several host threads): there, one byte is changed at a time.
 
 #![expect(unsafe_code, reason = "UNSAFETY: `global_asm!` with symbols")]
 

@@ -518,8 +518,13 @@ struct BrokenRewriting {
     old: &'static [u8],
     new: &'static [u8],
     processors: u32,
+    cpu: &'static str,
     complaint: &'static str,
 }
+
+/// As on bare hardware, and as an emulator's, where one byte changes at a time.
+const HARDWARE: &str = "max,-hypervisor";
+const EMULATOR: &str = "max";
 
 const BROKEN_REWRITING: [BrokenRewriting; 14] = [
     BrokenRewriting {
@@ -527,6 +532,7 @@ const BROKEN_REWRITING: [BrokenRewriting; 14] = [
         old: &[0x0f, 0x22, 0xc6, 0x84, 0xdb], // mov cr0, esi; test bl, bl
         new: &[0x90, 0x90, 0x90, 0x84, 0xdb],
         processors: 1,
+        cpu: HARDWARE,
         complaint: "CR0.WP is lost",
     },
     BrokenRewriting {
@@ -534,6 +540,7 @@ const BROKEN_REWRITING: [BrokenRewriting; 14] = [
         old: &[0x89, 0x75, 0x28], // mov [ebp + 40], esi
         new: &[0x90, 0x90, 0x90],
         processors: 1,
+        cpu: HARDWARE,
         complaint: "IF is",
     },
     BrokenRewriting {
@@ -541,6 +548,7 @@ const BROKEN_REWRITING: [BrokenRewriting; 14] = [
         old: &[0x39, 0xf8], // cmp eax, edi
         new: &[0x39, 0xc0],
         processors: 1,
+        cpu: HARDWARE,
         complaint: "the site became",
     },
     BrokenRewriting {
@@ -548,6 +556,7 @@ const BROKEN_REWRITING: [BrokenRewriting; 14] = [
         old: &[0x83, 0xf8, 0x04], // cmp eax, 4
         new: &[0x83, 0xf8, 0x00],
         processors: 1,
+        cpu: HARDWARE,
         complaint: "the site became",
     },
     BrokenRewriting {
@@ -555,6 +564,7 @@ const BROKEN_REWRITING: [BrokenRewriting; 14] = [
         old: &[0xb2, 0x90, 0x80], // mov dl, 90h; cmp byte ptr
         new: &[0xb2, 0x66, 0x80],
         processors: 1,
+        cpu: HARDWARE,
         complaint: "the site became",
     },
     BrokenRewriting {
@@ -562,6 +572,7 @@ const BROKEN_REWRITING: [BrokenRewriting; 14] = [
         old: &[0x83, 0xfa, 0x03], // cmp edx, 3
         new: &[0x39, 0xd2, 0x90],
         processors: 4,
+        cpu: HARDWARE,
         complaint: "the site became",
     },
     BrokenRewriting {
@@ -569,6 +580,7 @@ const BROKEN_REWRITING: [BrokenRewriting; 14] = [
         old: &[0x80, 0xc2, 0x0d], // add dl, 13
         new: &[0x80, 0xc2, 0x0c],
         processors: 4,
+        cpu: HARDWARE,
         complaint: "the site became",
     },
     BrokenRewriting {
@@ -576,6 +588,7 @@ const BROKEN_REWRITING: [BrokenRewriting; 14] = [
         old: &[0xb2, 0x66], // mov dl, 66h
         new: &[0xb2, 0x90],
         processors: 1,
+        cpu: HARDWARE,
         complaint: "the site became",
     },
     BrokenRewriting {
@@ -583,6 +596,7 @@ const BROKEN_REWRITING: [BrokenRewriting; 14] = [
         old: &[0x3d, 0x66, 0x66, 0x00, 0x00], // cmp eax, 6666h
         new: &[0x3d, 0x66, 0x89, 0x00, 0x00],
         processors: 4,
+        cpu: HARDWARE,
         complaint: "the site became",
     },
     BrokenRewriting {
@@ -590,6 +604,7 @@ const BROKEN_REWRITING: [BrokenRewriting; 14] = [
         old: &[0xa9, 0xfe, 0x0f, 0x00, 0x00], // test eax, 0ffeh
         new: &[0xa9, 0xfe, 0x1f, 0x00, 0x00],
         processors: 4,
+        cpu: HARDWARE,
         complaint: "the site became",
     },
     BrokenRewriting {
@@ -597,6 +612,7 @@ const BROKEN_REWRITING: [BrokenRewriting; 14] = [
         old: &[0xf6, 0xc3, 0x07], // test bl, 7
         new: &[0xf6, 0xc3, 0xff],
         processors: 4,
+        cpu: EMULATOR,
         complaint: "the site became",
     },
     BrokenRewriting {
@@ -604,13 +620,15 @@ const BROKEN_REWRITING: [BrokenRewriting; 14] = [
         old: &[0x30, 0xe6], // xor dh, ah
         new: &[0xb6, 0x00], // mov dh, 0
         processors: 4,
-        complaint: "the site became",
+        cpu: HARDWARE,
+        complaint: "IF is",
     },
     BrokenRewriting {
         fault: "makes the call a NOP before CLI stands behind it",
         old: &[0x38, 0xd0, 0x74], // cmp al, dl; je
         new: &[0x38, 0xd0, 0x75],
         processors: 4,
+        cpu: HARDWARE,
         complaint: "IF is",
     },
     BrokenRewriting {
@@ -618,7 +636,8 @@ const BROKEN_REWRITING: [BrokenRewriting; 14] = [
         old: &[0xb0, 0xe8, 0xb2, 0x41], // mov al, 0e8h; mov dl, 0e8h ^ 0a9h
         new: &[0xb0, 0xe8, 0xb2, 0x40],
         processors: 4,
-        complaint: "the site became",
+        cpu: HARDWARE,
+        complaint: "IF is",
     },
 ];
 
@@ -627,13 +646,12 @@ fn the_guest_names_broken_rewriting() -> Result<()> {
     let built = artifacts::ensure()?;
     let native = Specimen::read(&built.native, &built.native_elf)?;
     let folder = tempfile::tempdir()?;
-    for BrokenRewriting { fault, old, new, processors, complaint } in BROKEN_REWRITING {
+    for BrokenRewriting { fault, old, new, processors, cpu, complaint } in BROKEN_REWRITING {
         let rom = folder.path().join(format!("{}.rom", fault.replace(' ', "-")));
         std::fs::write(&rom, native.with_instructions(old, new).context(fault)?)?;
         let machine = Machine {
             processors,
-            // As on bare hardware: where the processor is a hypervisor's, only one byte changes.
-            cpu: "max,-hypervisor".into(),
+            cpu: cpu.into(),
             limit: Duration::from_secs(60),
             ..Machine::default()
         };

@@ -673,6 +673,19 @@ mod tests {
     }
 
     #[test]
+    fn what_builds_xen_comes_when_it_is_asked_for() {
+        let facts = facts(&[Need::XenTools], archive(WEB));
+        assert_eq!(lines(&plan(&facts)), ["make flex bison python3 xz-utils dpkg-dev"]);
+        assert!(!Need::TEST.contains(&Need::XenTools), "`setup` alone is not to want it");
+        match plan(&Facts { family: Family::Fedora, ..facts }) {
+            Plan::ByHand { commands, .. } => {
+                assert_eq!(commands, ["sudo dnf install make flex bison python3 xz dpkg-dev"]);
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
     fn the_user_may_ask_rustup_for_the_compiler() {
         let of = |rustup| Facts { rustup, ..facts(Need::RUN, archive(WEB)) };
         assert!(by_rustup(&of(Rustup::None)).is_none());

@@ -69,8 +69,10 @@ struct Task {
     done: AtomicU32,
     /// Registers found changed.
     lost: AtomicU32,
-    /// Non-maskable interrupts taken.
+    /// Non-maskable interrupts taken, and how many that must be before a round is over: one that comes
+    /// later would run a site that is being written.
     interrupts: AtomicU32,
+    awaited: AtomicU32,
     /// Processors that were stopped by an exception.
     dead: AtomicU32,
     /// What lay on the stack of the last one: the error code, if there is one, EIP, CS, EFLAGS.
@@ -87,6 +89,7 @@ static TASK: Task = Task {
     done: AtomicU32::new(0),
     lost: AtomicU32::new(0),
     interrupts: AtomicU32::new(0),
+    awaited: AtomicU32::new(0),
     dead: AtomicU32::new(0),
     frame: [const { AtomicU32::new(0) }; 4],
     started: AtomicU32::new(0),
@@ -200,6 +203,9 @@ extern "C" fn joined(index: u32) -> ! {
         }
         round = TASK.round.load(Ordering::Acquire);
         visit(index);
+        while TASK.interrupts.load(Ordering::Acquire) < TASK.awaited.load(Ordering::Relaxed) {
+            spin_loop();
+        }
         TASK.done.fetch_add(1, Ordering::Release);
     }
 }
@@ -367,8 +373,12 @@ pub(crate) fn run(space: Space, rom: Rom, problems: &mut Problems) -> Result<u32
         let call = CALLS[round as usize % CALLS.len()];
         let kind = kind_of(call);
         let site = write_site(rom, call, round);
+        let interrupts = round.is_multiple_of(8);
+        if interrupts {
+            TASK.awaited.fetch_add(expected, Ordering::Relaxed);
+        }
         begin(site, kind, VISITS);
-        if round.is_multiple_of(8) {
+        if interrupts {
             apic.interrupt_others();
         }
         visit(expected);
