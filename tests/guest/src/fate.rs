@@ -32,6 +32,8 @@ pub(crate) fn meet(name: &str, space: Space) -> ! {
             processor::cpuid(0, 0);
         },
         "device-tables" => {
+            // What is found there is anything, a way into a handler too: the first exception is to be the end.
+            processor::set_idt(DescriptorTable::default());
             processor::set_cr3(SCREEN);
             // SAFETY: translations that are known still may serve for a while.
             unsafe { asm!("2: jmp 2b", options(noreturn)) }
