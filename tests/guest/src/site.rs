@@ -194,12 +194,13 @@ impl Site {
         write(self.address + self.length as u32, &[RETURN]);
     }
 
-    /// Writes its first byte alone, if another is there; whether that was so.
+    /// Writes its first byte alone; whether another was there.
+    ///
+    /// Also if it was there already: QEMU, with a thread for each processor, may miss a store that comes
+    /// while it translates, and goes on with code that nobody has written any more until the next store.
     pub(crate) fn put_back_first(&self) -> bool {
         let changed = self.bytes()[0] != self.original[0];
-        if changed {
-            write(self.address, &self.original[..1]);
-        }
+        write(self.address, &self.original[..1]);
         changed
     }
 
