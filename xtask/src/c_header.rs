@@ -338,7 +338,7 @@ pub fn groups() -> Vec<Group> {
             &[("SOFT", RebootKind::SOFT.0), ("HARD", RebootKind::HARD.0)],
         ),
         group(
-            "Which call sites the linked-in calls may rewrite: none; by one byte, where an emulator runs several \
+            "Which call sites the linked-in calls may rewrite: none; by one byte at a time, where an emulator runs several \
              processors; within an aligned word of eight bytes, with several processors; all, with one processor.",
             "SITE_RULE_",
             &[
