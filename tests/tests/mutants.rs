@@ -621,7 +621,7 @@ const BROKEN_REWRITING: [BrokenRewriting; 14] = [
         new: &[0xb6, 0x00], // mov dh, 0
         processors: 4,
         cpu: HARDWARE,
-        complaint: "IF is",
+        complaint: "the site became",
     },
     BrokenRewriting {
         fault: "makes the call a NOP before CLI stands behind it",
@@ -652,7 +652,7 @@ fn the_guest_names_broken_rewriting() -> Result<()> {
         let machine = Machine {
             processors,
             cpu: cpu.into(),
-            limit: Duration::from_secs(60),
+            limit: Duration::from_secs(180),
             ..Machine::default()
         };
         let subject = Subject::option_rom(&rom)?;
