@@ -36,6 +36,8 @@ mod enter;
 
 #[cfg(target_arch = "x86")]
 pub use enter::Cpuid;
+#[cfg(target_arch = "x86")]
+use enter::{UNBOUND, nothing};
 
 use crate::header::LENGTH_UNIT;
 use crate::probe::{Refusal, probe, scan};
@@ -44,7 +46,8 @@ use crate::{
 };
 use core::fmt;
 use core::mem::offset_of;
-use core::sync::atomic::{AtomicU32, Ordering};
+use core::ptr::with_exposed_provenance_mut;
+use core::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
 
 /// A ROM whose header is in order, where the kernel sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -145,8 +148,8 @@ pub struct Calls {
 #[derive(Debug)]
 #[repr(C)]
 struct Entry {
-    /// Linear address of its code; 0 if there is none.
-    eip: AtomicU32,
+    /// Its code. Where there is none: code that does nothing, or that panics. So nobody has to look before a call.
+    code: AtomicPtr<()>,
     /// A [`RelocationType`].
     kind: AtomicU32,
 }
@@ -186,9 +189,19 @@ macro_rules! native_calls {
 }
 
 impl Entry {
-    const fn unbound() -> Self {
-        Self { eip: AtomicU32::new(0), kind: AtomicU32::new(RelocationType::NONE.0 as u32) }
+    const fn unbound(number: usize) -> Self {
+        let kind = AtomicU32::new(RelocationType::NONE.0 as u32);
+        Self { code: AtomicPtr::new(UNBOUND[number]), kind }
     }
+}
+
+/// Elsewhere there are no methods, so nobody gets there.
+#[cfg(not(target_arch = "x86"))]
+const UNBOUND: [*mut (); CALLS_3_0.len()] = [core::ptr::null_mut(); CALLS_3_0.len()];
+
+#[cfg(not(target_arch = "x86"))]
+const fn nothing(_: crate::Registers) -> *mut () {
+    core::ptr::null_mut()
 }
 
 impl Default for Calls {
@@ -201,7 +214,13 @@ impl Calls {
     /// The table before anything is bound.
     #[must_use]
     pub const fn new() -> Self {
-        Self { entries: [const { Entry::unbound() }; CALLS_3_0.len()] }
+        let mut entries = [const { Entry::unbound(0) }; CALLS_3_0.len()];
+        let mut number = 1;
+        while number < entries.len() {
+            entries[number] = Entry::unbound(number);
+            number += 1;
+        }
+        Self { entries }
     }
 
     /// Binds each call to what `relocation` answers, the ROM's `get_reloc`, or, where that is NONE, to the
@@ -248,8 +267,13 @@ impl Calls {
                 _ if kind == RelocationType::NOP => (kind, 0),
                 _ => (kind, eip),
             };
+            let code = match kind {
+                RelocationType::NONE => UNBOUND[number.0 as usize],
+                RelocationType::NOP => nothing(call.contract.results),
+                _ => with_exposed_provenance_mut(eip as usize),
+            };
             let entry = &self.entries[number.0 as usize];
-            entry.eip.store(eip, Ordering::Relaxed);
+            entry.code.store(code, Ordering::Relaxed);
             entry.kind.store(kind.0.into(), Ordering::Relaxed);
         }
         Ok(())
@@ -261,8 +285,10 @@ impl Calls {
         let Some(entry) = self.entries.get(number.0 as usize) else {
             return RelocationInfo::from_registers(0, RelocationType::NONE.0.into());
         };
-        let [eip, kind] = [&entry.eip, &entry.kind].map(|word| word.load(Ordering::Relaxed));
-        RelocationInfo::from_registers(eip, kind)
+        let kind = entry.kind.load(Ordering::Relaxed);
+        let code = entry.code.load(Ordering::Relaxed).expose_provenance() as u32;
+        let has_code = RelocationType(kind as u8).has_address();
+        RelocationInfo::from_registers(if has_code { code } else { 0 }, kind)
     }
 
     /// Whether a call can be made.
@@ -271,17 +297,17 @@ impl Calls {
         self.relocation(number).kind != RelocationType::NONE
     }
 
-    /// Where in the table the address of a call's code is, for call sites in assembly.
+    /// Where in the table the address of a call's code is, for call sites in assembly. There is always some.
     #[must_use]
     pub const fn eip_offset(number: CallNumber) -> usize {
         assert!((number.0 as usize) < CALLS_3_0.len());
-        number.0 as usize * size_of::<Entry>() + offset_of!(Entry, eip)
+        number.0 as usize * size_of::<Entry>() + offset_of!(Entry, code)
     }
 
     /// Where in the table the call's [`RelocationType`] is, in a byte.
     #[must_use]
     pub const fn kind_offset(number: CallNumber) -> usize {
-        Self::eip_offset(number) + offset_of!(Entry, kind) - offset_of!(Entry, eip)
+        Self::eip_offset(number) + offset_of!(Entry, kind) - offset_of!(Entry, code)
     }
 }
 

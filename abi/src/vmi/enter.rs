@@ -3,10 +3,12 @@
 #![expect(non_snake_case, reason = "the specification's names")]
 
 use super::{Calls, Rom, Unusable};
-use crate::{CallNumber, RelocationInfo, RelocationType, RomHeader, for_each_call, number};
-use core::arch::asm;
+use crate::{
+    CALLS_3_0, CallNumber, Registers, RelocationInfo, RelocationType, RomHeader, for_each_call,
+    number,
+};
+use core::arch::{asm, naked_asm};
 use core::mem::offset_of;
-use core::sync::atomic::Ordering;
 
 /// What CPUID answers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -67,26 +69,67 @@ impl Rom<'_> {
 }
 
 impl Calls {
-    /// The address of a call's code; `None` where nothing is to be done.
-    fn entry(&self, number: CallNumber) -> Option<u32> {
-        match self.entries[number.0 as usize].eip.load(Ordering::Relaxed) {
-            0 => self.without_code(number),
-            eip => Some(eip),
-        }
-    }
-
-    #[cold]
-    fn without_code(&self, number: CallNumber) -> Option<u32> {
-        assert!(self.is_bound(number), "VMI call {} has no code", number.0);
-        None
-    }
-
     /// The address of the code of a call that goes on in another context, and whether it is called.
     fn transfer(&self, number: CallNumber) -> (u32, bool) {
         let RelocationInfo { eip, kind, .. } = self.relocation(number);
         assert!(kind.has_address(), "VMI call {} has no code", number.0);
         (eip.get(), kind == RelocationType::CALL_REL)
     }
+}
+
+/// The code of a call that has none.
+extern "fastcall" fn without_code(number: u32) -> ! {
+    panic!("VMI call {number} has no code");
+}
+
+#[unsafe(naked)]
+extern "C" fn unbound<const NUMBER: u32>() {
+    naked_asm!("mov ecx, {number}", "jmp {panic}", number = const NUMBER, panic = sym without_code)
+}
+
+/// Defines the code of calls that have none.
+macro_rules! unbound {
+    (
+        revision_3_0 { $( #[doc = $summary:literal] $name:ident = $number:literal => $contract:expr )* }
+        only_13 { $($old:tt)* }
+    ) => {
+        /// What is entered where a call has no code: it panics.
+        pub(super) const UNBOUND: [*mut (); CALLS_3_0.len()] =
+            [$( unbound::<$number> as extern "C" fn() as *mut () ),*];
+    };
+}
+
+for_each_call!(unbound);
+
+#[unsafe(naked)]
+extern "C" fn nothing_at_all() {
+    naked_asm!("ret")
+}
+
+#[unsafe(naked)]
+extern "C" fn nothing_in_eax() {
+    naked_asm!("mov eax, 0", "ret")
+}
+
+#[unsafe(naked)]
+extern "C" fn nothing_in_edx_eax() {
+    naked_asm!("mov eax, 0", "mov edx, 0", "ret")
+}
+
+#[unsafe(naked)]
+extern "C" fn nothing_of_cpuid() {
+    naked_asm!("mov eax, 0", "mov ebx, 0", "mov ecx, 0", "mov edx, 0", "ret")
+}
+
+/// What is entered where a call is to do nothing: its results are 0, and all else is kept.
+pub(super) const fn nothing(results: Registers) -> *mut () {
+    let code: extern "C" fn() = match results {
+        Registers::CPUID => nothing_of_cpuid,
+        Registers::EDX_EAX => nothing_in_edx_eax,
+        Registers::EAX => nothing_in_eax,
+        _ => nothing_at_all,
+    };
+    code as *mut ()
 }
 
 /// The type of an argument by its place.
@@ -178,10 +221,11 @@ macro_rules! method {
         $(#[$attribute])*
         #[inline]
         pub fn $name(&self) -> result!($($results)?) {
-            let Some(entry) = self.entry(number::$name) else { return Default::default() };
+            let calls = self;
+            const EIP: usize = Calls::eip_offset(number::$name);
             // SAFETY: by the word of the one who bound the call. It acts on nothing but what the
             // kernel has set up.
-            unsafe { enter!(entry [] [] [] [$($results)?] $clobbers) }
+            unsafe { enter!((calls EIP) [] [] [] [$($results)?] $clobbers) }
         }
     };
     (
@@ -201,9 +245,10 @@ macro_rules! method {
         /// The arguments are what the call's contract wants, and what the machine makes of them is sound.
         #[inline]
         pub unsafe fn $name(&self, $($argument: word!($place)),*) -> result!($($results)?) {
-            let Some(entry) = self.entry(number::$name) else { return Default::default() };
+            let calls = self;
+            const EIP: usize = Calls::eip_offset(number::$name);
             // SAFETY: by the caller's word, and by the word of the one who bound the call.
-            unsafe { enter!(entry [] [] $arguments [$($results)?] $clobbers) }
+            unsafe { enter!((calls EIP) [] [] $arguments [$($results)?] $clobbers) }
         }
     };
 }
@@ -230,135 +275,137 @@ macro_rules! transfer {
     };
 }
 
-/// Enters a call's code: its address, operands so far, words on the stack so far, arguments that are left,
+/// Enters a call's code: where its address is, operands so far, words on the stack so far, arguments that are left,
 /// results, clobbers.
-///
-/// The address is in one of EAX, EBX, ECX, EDX: no argument needs EBX, and ESI is not the compiler's to give.
 macro_rules! enter {
-    ($entry:ident [$($in:tt)*] $more:tt [$argument:ident: Eax $($left:tt)*] $($out:tt)*) => {
+    // The instructions.
+    (@asm ($calls:ident $eip:ident) [$($in:tt)*] [] [$($out:tt)*]) => {
+        asm!("call dword ptr [{calls} + {eip}]", calls = in(reg) $calls, eip = const $eip, $($in)* $($out)*)
+    };
+    (@asm ($calls:ident $eip:ident) [$($in:tt)*] [$first:expr,] [$($out:tt)*]) => {
+        asm!(
+            "push {first}",
+            "call dword ptr [{calls} + {eip}]",
+            "add esp, 4",
+            calls = in(reg) $calls,
+            eip = const $eip,
+            first = in(reg) $first,
+            $($in)* $($out)*
+        )
+    };
+    // Two words and their address: registers would not do for all.
+    (@asm ($calls:ident $eip:ident) [$($in:tt)*] [$first:expr, $second:expr,] [$($out:tt)*]) => {{
+        let words: [u32; 2] = [$first, $second];
+        asm!(
+            "push dword ptr [{words} + 4]",
+            "push dword ptr [{words}]",
+            "call dword ptr [{calls} + {eip}]",
+            "add esp, 8",
+            calls = in(reg) $calls,
+            eip = const $eip,
+            words = in(reg) words.as_ptr(),
+            $($in)* $($out)*
+        )
+    }};
+    (@asm ($calls:ident $eip:ident) [$($in:tt)*] ($source:ident) [$($out:tt)*]) => {
+        asm!(
+            "push esi",
+            "mov esi, {source}",
+            "call dword ptr [{calls} + {eip}]",
+            "pop esi",
+            calls = in(reg) $calls,
+            eip = const $eip,
+            source = in(reg) $source,
+            $($in)* $($out)*
+        )
+    };
+
+    // Registers and words of the arguments.
+    ($entry:tt [$($in:tt)*] $more:tt [$argument:ident: Eax $($left:tt)*] $($out:tt)*) => {
         enter!($entry [$($in)* in("eax") $argument,] $more [$($left)*] $($out)*)
     };
-    ($entry:ident [$($in:tt)*] $more:tt [$argument:ident: Edx $($left:tt)*] $($out:tt)*) => {
+    ($entry:tt [$($in:tt)*] $more:tt [$argument:ident: Edx $($left:tt)*] $($out:tt)*) => {
         enter!($entry [$($in)* in("edx") $argument,] $more [$($left)*] $($out)*)
     };
-    ($entry:ident [$($in:tt)*] $more:tt [$argument:ident: Ecx $($left:tt)*] $($out:tt)*) => {
+    ($entry:tt [$($in:tt)*] $more:tt [$argument:ident: Ecx $($left:tt)*] $($out:tt)*) => {
         enter!($entry [$($in)* in("ecx") $argument,] $more [$($left)*] $($out)*)
     };
-    ($entry:ident [$($in:tt)*] $more:tt [$argument:ident: Edi $($left:tt)*] $($out:tt)*) => {
+    ($entry:tt [$($in:tt)*] $more:tt [$argument:ident: Edi $($left:tt)*] $($out:tt)*) => {
         enter!($entry [$($in)* in("edi") $argument,] $more [$($left)*] $($out)*)
     };
-    ($entry:ident [$($in:tt)*] $more:tt [$argument:ident: EdxEax $($left:tt)*] $($out:tt)*) => {
+    ($entry:tt [$($in:tt)*] $more:tt [$argument:ident: EdxEax $($left:tt)*] $($out:tt)*) => {
         enter!(
             $entry
             [$($in)* in("eax") $argument as u32, in("edx") ($argument >> 32) as u32,]
             $more [$($left)*] $($out)*
         )
     };
-    ($entry:ident [$($in:tt)*] $more:tt [$argument:ident: EcxEdx $($left:tt)*] $($out:tt)*) => {
+    ($entry:tt [$($in:tt)*] $more:tt [$argument:ident: EcxEdx $($left:tt)*] $($out:tt)*) => {
         enter!(
             $entry
             [$($in)* in("edx") $argument as u32, in("ecx") ($argument >> 32) as u32,]
             $more [$($left)*] $($out)*
         )
     };
-    ($entry:ident $in:tt [$($word:expr,)*] [$argument:ident: Stack $($left:tt)*] $($out:tt)*) => {
+    ($entry:tt $in:tt [$($word:expr,)*] [$argument:ident: Stack $($left:tt)*] $($out:tt)*) => {
         enter!($entry $in [$($word,)* $argument,] [$($left)*] $($out)*)
     };
-    ($entry:ident $in:tt [$($word:expr,)*] [$argument:ident: StackPair $($left:tt)*] $($out:tt)*) => {
+    ($entry:tt $in:tt [$($word:expr,)*] [$argument:ident: StackPair $($left:tt)*] $($out:tt)*) => {
         enter!(
             $entry $in
             [$($word,)* $argument as u32, ($argument >> 32) as u32,]
             [$($left)*] $($out)*
         )
     };
-    ($entry:ident $in:tt [] [$argument:ident: Esi $($left:tt)*] $($out:tt)*) => {
+    ($entry:tt $in:tt [] [$argument:ident: Esi $($left:tt)*] $($out:tt)*) => {
         enter!($entry $in ($argument) [$($left)*] $($out)*)
     };
 
     // What comes back, and what is lost.
-    ($entry:ident $in:tt $more:tt [] [] []) => {
+    ($entry:tt $in:tt $more:tt [] [] []) => {
         enter!(@asm $entry $in $more [lateout("eax") _, lateout("edx") _, lateout("ecx") _])
     };
-    ($entry:ident $in:tt $more:tt [] [EAX] []) => {{
+    ($entry:tt $in:tt $more:tt [] [EAX] []) => {{
         let eax: u32;
         enter!(@asm $entry $in $more [lateout("eax") eax, lateout("edx") _, lateout("ecx") _]);
         eax
     }};
-    ($entry:ident $in:tt $more:tt [] [EDX_EAX] []) => {{
+    ($entry:tt $in:tt $more:tt [] [EDX_EAX] []) => {{
         let (eax, edx): (u32, u32);
         enter!(@asm $entry $in $more [lateout("eax") eax, lateout("edx") edx, lateout("ecx") _]);
         u64::from(edx) << 32 | u64::from(eax)
     }};
-    ($entry:ident $in:tt $more:tt [] [CPUID] [FLAGS]) => {{
+    ($entry:tt $in:tt $more:tt [] [CPUID] [FLAGS]) => {{
         let (eax, ebx, ecx, edx): (u32, u32, u32, u32);
         enter!(@asm $entry $in $more [
             lateout("eax") eax, lateout("ebx") ebx, lateout("ecx") ecx, lateout("edx") edx
         ]);
         Cpuid { eax, ebx, ecx, edx }
     }};
-    ($entry:ident $in:tt $more:tt [] [] [FLAGS]) => {
+    ($entry:tt $in:tt $more:tt [] [] [FLAGS]) => {
         enter!(@asm $entry $in $more [])
     };
-    ($entry:ident $in:tt $more:tt [] [EAX] [FLAGS]) => {{
+    ($entry:tt $in:tt $more:tt [] [EAX] [FLAGS]) => {{
         let eax: u32;
         enter!(@asm $entry $in $more [lateout("eax") eax]);
         eax
     }};
-    ($entry:ident $in:tt $more:tt [] [] [NONE]) => {
+    ($entry:tt $in:tt $more:tt [] [] [NONE]) => {
         enter!(@asm $entry $in $more [options(preserves_flags)])
     };
-    ($entry:ident $in:tt $more:tt [] [EAX] [NONE]) => {{
+    ($entry:tt $in:tt $more:tt [] [EAX] [NONE]) => {{
         let eax: u32;
         enter!(@asm $entry $in $more [lateout("eax") eax, options(preserves_flags)]);
         eax
     }};
-    ($entry:ident $in:tt $more:tt [] [] [EDI_ECX]) => {
+    ($entry:tt $in:tt $more:tt [] [] [EDI_ECX]) => {
         enter!(@asm $entry $in $more [
             lateout("edi") _, lateout("ecx") _, options(preserves_flags)
         ])
     };
     // ESI is put back.
-    ($entry:ident $in:tt $more:tt [] [] [ESI_ECX]) => {
+    ($entry:tt $in:tt $more:tt [] [] [ESI_ECX]) => {
         enter!(@asm $entry $in $more [lateout("ecx") _, options(preserves_flags)])
-    };
-
-    // The instructions.
-    (@asm $entry:ident [$($in:tt)*] [] [$($out:tt)*]) => {
-        asm!("call {entry}", entry = in(reg_abcd) $entry, $($in)* $($out)*)
-    };
-    (@asm $entry:ident [$($in:tt)*] [$first:expr,] [$($out:tt)*]) => {
-        asm!(
-            "push {first}",
-            "call {entry}",
-            "add esp, 4",
-            entry = in(reg_abcd) $entry,
-            first = in(reg) $first,
-            $($in)* $($out)*
-        )
-    };
-    // Two words and their address: registers would not do for all.
-    (@asm $entry:ident [$($in:tt)*] [$first:expr, $second:expr,] [$($out:tt)*]) => {{
-        let words: [u32; 2] = [$first, $second];
-        asm!(
-            "push dword ptr [{words} + 4]",
-            "push dword ptr [{words}]",
-            "call {entry}",
-            "add esp, 8",
-            entry = in(reg_abcd) $entry,
-            words = in(reg) words.as_ptr(),
-            $($in)* $($out)*
-        )
-    }};
-    (@asm $entry:ident [$($in:tt)*] ($source:ident) [$($out:tt)*]) => {
-        asm!(
-            "push esi",
-            "mov esi, {source}",
-            "call {entry}",
-            "pop esi",
-            entry = in(reg_abcd) $entry,
-            source = in(reg) $source,
-            $($in)* $($out)*
-        )
     };
 }
 
