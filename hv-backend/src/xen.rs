@@ -96,11 +96,9 @@ pub struct Xen {
     chosen: Cell<u32>,
     /// The number of refusals so far, for the guest to read. It wraps.
     refusals: Cell<u32>,
-    /// How many entries wait in `updates`, and how many calls in `calls`, 65536 for each: one comparison says whether anything does.
+    /// How many bytes of `updates` wait, and how many of `calls`, [`ONE_CALL`] for each: one comparison says whether anything does.
     waiting: Cell<u32>,
-    /// [`LazyMode`].
-    mode: Cell<u32>,
-    /// How many entries may be in `updates` when one more comes that waits. 0 if none may wait.
+    /// How much of each, in the same form, may wait when one more comes that waits. That is the lazy mode.
     most: Cell<u32>,
     /// The linear address of the table with the last entry, and its machine address.
     last_table: Cell<u32>,
@@ -116,16 +114,29 @@ pub struct Xen {
     tables: Tables,
     alarms: Alarms,
     updates: [Cell<MmuUpdate>; BATCH],
+    /// Whoever looks at the results of two calls at a time finds none here.
+    no_call: Cell<MulticallEntry>,
     calls: [Cell<MulticallEntry>; CALLS],
-    operations: [Cell<MmuExtOp>; CALLS],
-    /// The numbers of the guest's calls that `calls` are made of. Xen may overwrite all of those but the results.
-    made: [Cell<u32>; CALLS],
+    origins: [Origin; CALLS],
     traps: [Cell<TrapInfo>; TRAPS + 1],
     /// On the way through new tables: those above, and where it goes on in them.
     path: [Cell<(u32, u32)>; 2],
     /// The last refusal in words, for Xen's console.
     text: [Cell<u8>; TEXT_LIMIT],
 }
+
+/// What one of `calls` is made of: Xen may overwrite all of that but the result. As far from the next as calls are, so
+/// one offset finds both.
+#[derive(Debug, Default)]
+#[repr(C, align(32))]
+struct Origin {
+    /// The number of the guest's call.
+    number: Cell<u32>,
+    /// What the call leads to, if it is an `mmuext_op`.
+    operation: Cell<MmuExtOp>,
+}
+
+const_assert_eq!(size_of::<Origin>(), size_of::<MulticallEntry>());
 
 /// Something that no other shares a cache line with, nor lies in two pages.
 #[derive(Debug, Default)]
@@ -144,8 +155,13 @@ impl<T> core::ops::Deref for Aligned<T> {
 const SIGNATURE: [u32; 3] =
     [u32::from_le_bytes(*b"XenV"), u32::from_le_bytes(*b"MMXe"), u32::from_le_bytes(*b"nVMM")];
 
-/// One call in [`Xen::waiting`].
-const ONE_CALL: u32 = 1 << 16;
+/// One entry in [`Xen::waiting`], and one call.
+const ONE_UPDATE: u32 = size_of::<MmuUpdate>() as u32;
+const ONE_CALL: u32 = (size_of::<MulticallEntry>() as u32) << 16;
+
+/// [`Xen::most`] in the lazy modes: the last place of the array is for one that has all go over. 0 in none.
+const MOST_UPDATES: u32 = (BATCH as u32 - 1) * ONE_UPDATE;
+const MOST_CALLS: u32 = (CALLS as u32 - 1) * ONE_CALL;
 
 /// Why the guest is left alone on a Xen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -172,7 +188,7 @@ impl Xen {
     /// Where the word lies that is not 0 while something waits.
     pub const WAITING_OFFSET: usize = offset_of!(Self, waiting);
 
-    /// What the assembly of SetPxELong has to know of the state.
+    /// What the assembly in the image has to know of the state.
     pub const MOST_OFFSET: usize = offset_of!(Self, most);
     /// See [`Self::MOST_OFFSET`].
     pub const LAST_TABLE_OFFSET: usize = offset_of!(Self, last_table);
@@ -180,6 +196,44 @@ impl Xen {
     pub const LAST_PLACE_OFFSET: usize = offset_of!(Self, last_place);
     /// See [`Self::MOST_OFFSET`].
     pub const UPDATES_OFFSET: usize = offset_of!(Self, updates);
+    /// See [`Self::MOST_OFFSET`].
+    pub const CALLS_OFFSET: usize = offset_of!(Self, calls);
+    /// See [`Self::MOST_OFFSET`].
+    pub const NUMBERS_OFFSET: usize = offset_of!(Self, origins) + offset_of!(Origin, number);
+    /// See [`Self::MOST_OFFSET`].
+    pub const OPERATIONS_OFFSET: usize = offset_of!(Self, origins) + offset_of!(Origin, operation);
+    /// See [`Self::MOST_OFFSET`].
+    pub const CR0_OFFSET: usize = offset_of!(Self, cr0);
+    /// See [`Self::MOST_OFFSET`].
+    pub const CR3_OFFSET: usize = offset_of!(Self, cr3);
+    /// See [`Self::MOST_OFFSET`].
+    pub const GDT_BASE_OFFSET: usize = offset_of!(Self, tables) + Tables::GDT_BASE_OFFSET;
+    /// See [`Self::MOST_OFFSET`].
+    pub const GDT_FIRST_OFFSET: usize = offset_of!(Self, tables) + Tables::GDT_FIRST_OFFSET;
+    /// See [`Self::MOST_OFFSET`].
+    pub const GDT_PLACE_OFFSET: usize = offset_of!(Self, tables) + Tables::GDT_PLACE_OFFSET;
+    /// See [`Self::MOST_OFFSET`].
+    pub const CHANGING_OFFSET: usize = offset_of!(Self, tables) + Tables::CHANGING_OFFSET;
+    /// See [`Self::MOST_OFFSET`].
+    pub const TASK_STATE_OFFSET: usize = offset_of!(Self, tables) + Tables::TASK_STATE_OFFSET;
+    /// Where the copy of the guest's GDT lies.
+    pub const GDT_COPY_OFFSET: usize = GDT_OFFSET as usize;
+
+    /// What [`Self::MOST_OFFSET`] is in a lazy mode. In none it is 0.
+    #[must_use]
+    pub const fn most(mode: LazyMode) -> u32 {
+        match mode {
+            LazyMode::MMU => MOST_UPDATES,
+            LazyMode::CPU => MOST_CALLS,
+            _ => 0,
+        }
+    }
+
+    /// One call more, where [`Self::WAITING_OFFSET`] is.
+    pub const ONE_CALL: u32 = ONE_CALL;
+    /// One entry more.
+    pub const ONE_UPDATE: u32 = ONE_UPDATE;
+
     /// See [`Self::MOST_OFFSET`].
     pub const PAGES_OFFSET: usize = offset_of!(Self, frames) + offset_of!(Frames, pages);
     /// See [`Self::MOST_OFFSET`].
@@ -349,18 +403,17 @@ impl Xen {
 
     /// SetLazyMode. As in [`crate::Queue::set_lazy_mode`].
     pub fn set_lazy_mode(&self, machine: &impl Machine, mode: LazyMode) {
-        let old = LazyMode(self.mode.get());
-        if old != mode || mode == LazyMode::OFF {
+        let most = Self::most(mode);
+        if most != self.most.get() || most == 0 {
             self.flush(machine);
         }
-        self.mode.set(mode.0);
-        self.most.set(if mode == LazyMode::MMU { BATCH as u32 - 1 } else { 0 });
+        self.most.set(most);
     }
 
     /// Whether the guest is in this mode.
     #[inline(always)]
     fn is_in(&self, mode: LazyMode) -> bool {
-        self.mode.get() == mode.0
+        self.most.get() == Self::most(mode)
     }
 
     /// Hands over everything that waits.
@@ -379,14 +432,22 @@ impl Xen {
     fn drain(&self, machine: &impl Machine) {
         let waiting = self.waiting.replace(0);
         self.tables.changing.set(0);
-        let updates = self.updates.get(..(waiting % ONE_CALL) as usize).unwrap_or_default();
-        let calls = self.calls.get(..(waiting / ONE_CALL) as usize).unwrap_or_default();
+        let updates = self.updates.get(..updates_in(waiting)).unwrap_or_default();
+        let calls = self.calls.get(..calls_in(waiting)).unwrap_or_default();
         if !updates.is_empty() {
             self.update_all(machine, updates);
         }
         if !calls.is_empty() {
-            self.call_all(machine, calls);
+            self.check(machine, machine.multicall(calls), calls);
         }
+    }
+
+    /// Looks at what Xen said of a multicall of all that waits, which was made without this backend's code.
+    pub fn made_all(&self, machine: &impl Machine, status: i32) {
+        let waiting = self.waiting.replace(0);
+        self.tables.changing.set(0);
+        let calls = self.calls.get(..calls_in(waiting)).unwrap_or_default();
+        self.check(machine, status, calls);
     }
 
     /// Has updates applied, each.
@@ -410,17 +471,16 @@ impl Xen {
         }
     }
 
-    /// Makes the calls of a context switch. Xen makes all of them, whatever each answers.
-    fn call_all(&self, machine: &impl Machine, calls: &[Cell<MulticallEntry>]) {
-        let status = machine.multicall(calls);
+    /// Looks at what came of a multicall: its own status, and its calls' results. Xen makes all of them, whatever each answers.
+    fn check(&self, machine: &impl Machine, status: i32, calls: &[Cell<MulticallEntry>]) {
         if status < 0 {
             self.refuse(machine, number::SetLazyMode, 0, status);
             machine.shut_down(sched::SHUTDOWN_CRASH);
         }
-        for (call, made) in calls.iter().zip(&self.made) {
+        for (call, origin) in calls.iter().zip(&self.origins) {
             let result = call.get().result;
             if result < 0 {
-                let call = CallNumber(made.get());
+                let call = CallNumber(origin.number.get());
                 self.refuse(machine, call, 0, result);
                 // An address space or a stack that the guest believes to be on is nothing to be wrong about.
                 if call == number::SetCR3 || call == number::UpdateKernelStack {
@@ -434,7 +494,7 @@ impl Xen {
     #[inline(always)]
     fn call(&self, machine: &impl Machine, op: u32, arguments: [u32; 4], number: CallNumber) {
         if self.is_in(LazyMode::CPU)
-            && let Some(place) = self.calls.get((self.waiting.get() / ONE_CALL) as usize)
+            && let Some(place) = self.calls.get(calls_in(self.waiting.get()))
         {
             let [a, b, c, d] = arguments;
             place.set(MulticallEntry { op, result: 0, args: [a, b, c, d, 0, 0] });
@@ -468,12 +528,12 @@ impl Xen {
     #[inline(always)]
     fn called(&self, machine: &impl Machine, number: CallNumber) {
         let waiting = self.waiting.get();
-        if let Some(place) = self.made.get((waiting / ONE_CALL) as usize) {
-            place.set(number.0);
+        if let Some(origin) = self.origins.get(calls_in(waiting)) {
+            origin.number.set(number.0);
         }
         let waiting = waiting + ONE_CALL;
         self.waiting.set(waiting);
-        if (waiting / ONE_CALL) as usize == CALLS {
+        if calls_in(waiting) == CALLS {
             self.drain(machine);
         }
     }
@@ -508,6 +568,16 @@ impl Xen {
         put(b'\n');
         machine.say(self.text.get(..length).unwrap_or_default());
     }
+}
+
+/// How many entries are in [`Xen::waiting`].
+const fn updates_in(waiting: u32) -> usize {
+    ((waiting & 0xffff) / ONE_UPDATE) as usize
+}
+
+/// How many calls are in [`Xen::waiting`].
+const fn calls_in(waiting: u32) -> usize {
+    (waiting / ONE_CALL) as usize
 }
 
 /// What a hypercall says that everything else needs.

@@ -8,7 +8,7 @@
 //! - `table`: `get_reloc` of revision 3.0 and its table, made from the declaration of the calls,
 //! - `granted`: what backends for hypervisors share,
 //! - `reference`: the backend for the reference hypervisor, its memory and its entries,
-//! - `xen`: the same for Xen,
+//! - `xen`: the same for Xen; below it, in assembly, the calls that come often,
 //! - `slots`: what revision 13.x has in its place,
 //! - `linked`: the names under which a kernel links to the calls.
 //!

@@ -13,21 +13,22 @@
 )]
 #![expect(non_snake_case, reason = "the specification's names")]
 
+mod waiting;
+
 use crate::granted::{DISTANCE, entries, granted};
 use crate::reference;
 use core::arch::{asm, global_asm, naked_asm};
 use core::ptr::{with_exposed_provenance, with_exposed_provenance_mut};
-use vmi_abi::flags::LazyMode;
 use vmi_abi::state::DescriptorTable;
 use vmi_abi::{CALLS_3_0, for_each_call, number};
 use vmi_hv_backend::xen::interface::{
-    Entry, FORCED_EMULATION, HYPERCALL_VECTOR, MmuUpdate, PAGE_SHIFT, PAGE_SIZE, PLACEMENT_SIZE,
-    Placement, hypercall, physdev, sched,
+    FORCED_EMULATION, HYPERCALL_VECTOR, PLACEMENT_SIZE, Placement, hypercall, physdev, sched,
 };
 use vmi_hv_backend::xen::{Cpu, Delivery, MEMORY, Machine, Xen, cpuid};
 use vmi_native_backend::binding::{SHORT_PLAIN, is_short};
 /// Names for the calls that have no entry here; where there is one, its name comes first.
 use vmi_native_backend::calls::*;
+use waiting::{CLTS, SetCR3, SetLazyMode, SetPxELong, UpdateKernelStack, WriteGDTEntry};
 use x86::bits32::eflags::EFlags;
 
 /// What the granted memory's first word says where this backend is chosen.
@@ -174,12 +175,6 @@ entries! {
     get_task() -> u32 { xen().task() }
 
     /// EAX table, EDX index, ECX low word, stack high word.
-    WriteGDTEntry { "pushl 4(%esp)", "pushl %ecx", "movl %eax, %ecx", "call {function}", "retl" }
-    write_gdt_entry(table, index, low, high) {
-        uninterrupted(|xen| xen.write_gdt_entry(&Cpu, table, index, low, high));
-    }
-
-    /// EAX table, EDX index, ECX low word, stack high word.
     WriteLDTEntry { "pushl 4(%esp)", "pushl %ecx", "movl %eax, %ecx", "call {function}", "retl" }
     write_ldt_entry(table, index, low, high) {
         uninterrupted(|xen| xen.write_ldt_entry(&Cpu, table, index, low, high));
@@ -191,10 +186,6 @@ entries! {
         uninterrupted(|xen| xen.write_idt_entry(&Cpu, table, index, low, high));
     }
 
-    /// EDX the kernel's stack pointer. EAX should be the task state segment: the current one counts.
-    UpdateKernelStack { "movl %edx, %ecx", "jmp {function}" }
-    update_kernel_stack(esp0) { uninterrupted(|xen| xen.update_kernel_stack(&Cpu, esp0)); }
-
     /// EAX value.
     SetCR0 { "movl %eax, %ecx", "jmp {function}" }
     set_cr0(value) { uninterrupted(|xen| xen.set_cr0(&Cpu, value)); }
@@ -202,10 +193,6 @@ entries! {
     /// EAX value.
     SetCR2 { "movl %eax, %ecx", "jmp {function}" }
     set_cr2(value) { xen().set_cr2(value); }
-
-    /// EAX value.
-    SetCR3 { "movl %eax, %ecx", "jmp {function}" }
-    set_cr3(value) { uninterrupted(|xen| xen.set_cr3(&Cpu, value)); }
 
     /// EAX value. Xen takes of it what its guests may have.
     SetCR4 { "movl %eax, %ecx", "pushl %eax", "call {function}", "popl %eax", "movl %eax, %cr4", "retl" }
@@ -236,10 +223,6 @@ entries! {
     /// EAX register -> EAX.
     GetDR { "movl %eax, %ecx", "jmp {function}" }
     get_debug_register(register) -> u32 { xen().debug_register(&Cpu, register) }
-
-    /// Nothing in, nothing out.
-    CLTS { "jmp {function}" }
-    clear_task_switched() { uninterrupted(|xen| xen.clear_task_switched(&Cpu)); }
 
     /// Waits with interrupts enabled: Xen unmasks and blocks in one step.
     Halt { "jmp {function}" }
@@ -330,22 +313,6 @@ entries! {
     WallclockUpdated { "jmp {function}" }
     wall_clock_updated() -> u32 { xen().wall_clock_updated(&Cpu) }
 
-    /// EAX mode.
-    SetLazyMode { "movl %eax, %ecx", "jmp {function}" }
-    set_lazy_mode(mode) { uninterrupted(|xen| xen.set_lazy_mode(&Cpu, LazyMode(mode))); }
-}
-
-/// SetPxELong in all its cases.
-extern "fastcall" fn set_entry(entry: u32, high: u32, low: u32) {
-    let value = u64::from(high) << 32 | u64::from(low);
-    uninterrupted(|xen| xen.set_entry(&Cpu, value, entry));
-}
-
-/// Takes an update that is Xen's already.
-extern "fastcall" fn take_update(ptr_low: u32, ptr_high: u32, val_low: u32, val_high: u32) {
-    let long = |low, high| u64::from(high) << 32 | u64::from(low);
-    let (ptr, val): (u64, u64) = (long(ptr_low, ptr_high), long(val_low, val_high));
-    uninterrupted(|xen| xen.take_update(&Cpu, MmuUpdate { ptr, val }));
 }
 
 /// Hands over what waits.
@@ -365,11 +332,6 @@ extern "fastcall" fn next_delivery(vector: u32) -> u64 {
     u64::from(selector) << 32 | u64::from(address)
 }
 
-/// What of an entry is the guest's, and not the frame's or of no use to Xen.
-const KEPT_BITS: u64 = !(Entry::FRAME.bits() | Entry::GLOBAL.bits());
-
-const _: () = assert!(size_of::<MmuUpdate>().is_power_of_two());
-
 /// Features that Xen's 32-bit guests cannot use, or that the ROM has no part of: leaf 1, EDX. Virtual-8086 extensions, large pages,
 /// the local APIC, SYSENTER, global pages, large pages again.
 const WITHHELD: u32 = 1 << 1 | 1 << 3 | 1 << 9 | 1 << 11 | 1 << 13 | 1 << 17;
@@ -377,13 +339,27 @@ const WITHHELD: u32 = 1 << 1 | 1 << 3 | 1 << 9 | 1 << 11 | 1 << 13 | 1 << 17;
 /// The same in leaf 80000001h, EDX: those again, and SYSCALL and long mode.
 const WITHHELD_EXTENDED: u32 = 1 << 1 | 1 << 3 | 1 << 9 | 1 << 11 | 1 << 13 | 1 << 17 | 1 << 29;
 
-/// Code that finds the granted memory, in EAX. Memory only through CS and SS.
-macro_rules! find_state {
-    () => {
-        "call 99f
-        99: popl %eax
-        addl %cs:(rom_start - 99b + {distance})(%eax), %eax
-        leal (rom_start - 99b)(%eax), %eax"
+/// Code that finds the granted memory: in a register, the distance to it from an instruction of the routine. [`own`] has the rest.
+/// Memory only through CS.
+macro_rules! find_own {
+    ($register:literal) => {
+        concat!(
+            "call 99f\n",
+            "99: popl %",
+            $register,
+            "\n",
+            "addl %cs:(rom_start - 99b + {distance})(%",
+            $register,
+            "), %",
+            $register,
+        )
+    };
+}
+
+/// An instruction on what lies at an operand's offset in the granted memory.
+macro_rules! own {
+    [$before:literal, $offset:ident, $after:literal] => {
+        concat!($before, "rom_start - 99b + {", stringify!($offset), "}", $after)
     };
 }
 
@@ -396,11 +372,13 @@ macro_rules! routines {
         ///
         /// As for every call, and Xen is chosen.
         #[unsafe(naked)]
-        unsafe extern "C" fn $name() {
+        pub(super) unsafe extern "C" fn $name() {
             naked_asm!($($assembly)+ options(att_syntax))
         }
     )* };
 }
+
+pub(crate) use {find_own, own, routines};
 
 routines! {
     /// EAX leaf, ECX subleaf -> EAX, EBX, ECX, EDX; changes flags.
@@ -425,103 +403,12 @@ routines! {
         extended = const WITHHELD_EXTENDED,
     }
 
-    /// EDX:EAX value, ECX entry, stack flags.
-    ///
-    /// The frequent case: an entry of the same table as the last one, which leads to memory that is no table, or nowhere. Any other is
-    /// a function's. The last part, where the update is put behind those that wait, needs interrupts neither off nor on:
-    /// `event_callback` has it begin again.
-    SetPxELong {
-        "pushl %ebx",
-        "pushl %esi",
-        "pushl %edi",
-        "call 1f",
-        "1: popl %ebx",
-        "addl (rom_start - 1b + {distance})(%ebx), %ebx",
-        "leal (rom_start - 1b)(%ebx), %ebx",
-        "xorl {last_table}(%ebx), %ecx", // The offset in the table, if it is the same.
-        "cmpl ${page}, %ecx",
-        "jae 4f",
-        "testb ${present}, %al",
-        "jz 2f",
-        "movl %eax, %esi",
-        "shrdl ${page_shift}, %edx, %esi",
-        "cmpl {pages}(%ebx), %esi",
-        "jae 4f",
-        "movl {tables}(%ebx), %edi",
-        "btl %esi, (%edi)",
-        "jc 4f",
-        "movl {p2m}(%ebx), %edi",
-        "movl (%edi, %esi, 4), %esi",
-        "andl ${low_bits}, %eax",
-        "andl ${high_bits}, %edx",
-        "movl %esi, %edi",
-        "shll ${page_shift}, %esi",
-        "shrl $32 - {page_shift}, %edi",
-        "orl %esi, %eax",
-        "orl %edi, %edx",
-        "2: addl {last_place}(%ebx), %ecx",
-        ".globl xen_restart",
-        ".hidden xen_restart",
-        "xen_restart:",
-        "movl {waiting}(%ebx), %esi",
-        "cmpl {most}(%ebx), %esi",
-        "jae 3f",
-        "movl {last_place} + 4(%ebx), %edi",
-        "shll ${update_shift}, %esi",
-        "movl %ecx, {updates}(%ebx, %esi)",
-        "movl %edi, {updates} + 4(%ebx, %esi)",
-        "movl %eax, {updates} + 8(%ebx, %esi)",
-        "movl %edx, {updates} + 12(%ebx, %esi)",
-        "incl {waiting}(%ebx)",
-        ".globl xen_restart_end",
-        ".hidden xen_restart_end",
-        "xen_restart_end:",
-        "popl %edi",
-        "popl %esi",
-        "popl %ebx",
-        "retl",
-        // It is the last, or does not wait.
-        "3: pushl %edx",
-        "pushl %eax",
-        "movl {last_place} + 4(%ebx), %edx",
-        "call {take}",
-        "popl %edi",
-        "popl %esi",
-        "popl %ebx",
-        "retl",
-        // Any other.
-        "4: xorl {last_table}(%ebx), %ecx",
-        "popl %edi",
-        "popl %esi",
-        "popl %ebx",
-        "pushl %eax",
-        "call {function}",
-        "retl",
-        distance = const DISTANCE,
-        last_table = const Xen::LAST_TABLE_OFFSET,
-        last_place = const Xen::LAST_PLACE_OFFSET,
-        waiting = const Xen::WAITING_OFFSET,
-        most = const Xen::MOST_OFFSET,
-        pages = const Xen::PAGES_OFFSET,
-        p2m = const Xen::P2M_OFFSET,
-        tables = const Xen::TABLES_OFFSET,
-        updates = const Xen::UPDATES_OFFSET,
-        update_shift = const size_of::<MmuUpdate>().trailing_zeros(),
-        page = const PAGE_SIZE,
-        page_shift = const PAGE_SHIFT,
-        present = const Entry::PRESENT.bits(),
-        low_bits = const KEPT_BITS as u32,
-        high_bits = const (KEPT_BITS >> 32) as u32,
-        take = sym take_update,
-        function = sym set_entry,
-    }
-
     /// Changes flags. What is pending is delivered before it returns.
     EnableInterrupts {
         "pushl %eax",
-        find_state!(),
-        "movb $0, %ss:{mask}(%eax)",
-        "cmpb $0, %ss:{pending}(%eax)",
+        find_own!("eax"),
+        own!["movb $0, %ss:", mask, "(%eax)"],
+        own!["cmpb $0, %ss:", pending, "(%eax)"],
         "jne 2f",
         "popl %eax",
         "retl",
@@ -544,8 +431,8 @@ routines! {
     /// Changes flags.
     DisableInterrupts {
         "pushl %eax",
-        find_state!(),
-        "movb $1, %ss:{mask}(%eax)",
+        find_own!("eax"),
+        own!["movb $1, %ss:", mask, "(%eax)"],
         "popl %eax",
         "retl",
         distance = const DISTANCE,
@@ -554,8 +441,8 @@ routines! {
 
     /// -> EAX; changes flags.
     GetInterruptMask {
-        find_state!(),
-        "cmpb $1, %ss:{mask}(%eax)",
+        find_own!("eax"),
+        own!["cmpb $1, %ss:", mask, "(%eax)"],
         "sbbl %eax, %eax",
         "andl ${interrupts}, %eax",
         "retl",
@@ -606,8 +493,8 @@ routines! {
 
     /// On the stack EAX, and above it the frame. What waits goes over first.
     iret {
-        find_state!(),
-        "cmpl $0, %ss:{waiting}(%eax)",
+        find_own!("eax"),
+        own!["cmpl $0, %ss:", waiting, "(%eax)"],
         "jne 3f",
         // Xen's IRET ends a domain that returns into ring 0, or into virtual-8086 mode. The instruction only faults.
         "2: testb $3, 8(%esp)",
@@ -641,18 +528,29 @@ routines! {
     /// Xen enters here with events masked, and on the stack an interrupt's frame.
     event_callback {
         "pushl %eax",
+        "pushl %ecx",
+        "pushl %edx",
         "call 99f",
         "99: popl %eax",
-        "subl 4(%esp), %eax",
-        "negl %eax",
-        "subl $(xen_restart - 99b), %eax", // How far in the part of `SetPxELong` that begins again.
-        "cmpl $(xen_restart_end - xen_restart), %eax",
-        "jae 2f",
-        "subl %eax, 4(%esp)",
-        "2: popl %eax",
+        "leal (rom_restarts_end - 99b)(%eax), %ecx",
+        "leal (rom_restarts - 99b)(%eax), %eax",
+        "2: cmpl %ecx, %eax",
+        "jae 4f",
+        "movl 12(%esp), %edx", // EIP, then how far it is in the section.
+        "subl %eax, %edx",
+        "subl %cs:(%eax), %edx",
+        "cmpl %cs:4(%eax), %edx",
+        "jae 3f",
+        "subl %edx, 12(%esp)",
+        "3: leal {restart_size}(%eax), %eax",
+        "jmp 2b",
+        "4: popl %edx",
+        "popl %ecx",
+        "popl %eax",
         "pushl $0", // Where the handler's selector comes,
         "pushl $0", // and its address. Till then, a vector.
         "jmp {deliver}",
+        restart_size = const waiting::RESTART_SIZE,
         deliver = sym deliver,
     }
 

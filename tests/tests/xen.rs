@@ -37,8 +37,8 @@ fn calls_hold(build: Build) -> Result<()> {
     let result = &hosted.conformance;
     let said = format!("{}\n{}\n{}", result.run.command, result.run.host, result.run.serial);
     assert_eq!(hosted.complaint(), None, "{said}");
-    // One for each call, the entry points, the image's sum before and its bytes after, Xen's own interface, what Xen refuses, entries while interrupts come.
-    assert_eq!(result.report.checks.len(), CALLS_3_0.len() + 6, "{said}");
+    // One for each call, the entry points, the image's sum before and its bytes after, Xen's own interface, what Xen refuses, entries and switches while interrupts come.
+    assert_eq!(result.report.checks.len(), CALLS_3_0.len() + 7, "{said}");
     let with = |wanted: &dyn Fn(&xtask::conformance::CallSummary) -> bool| -> Vec<&str> {
         result.calls.iter().filter(|call| wanted(call)).map(|call| call.name).collect()
     };
@@ -81,9 +81,9 @@ fn the_rom_costs_little_more_than_hypercalls() -> Result<()> {
         assert!(cost.ratio() <= 1.10, "{cost:?}");
         assert!(cost.saving().is_some_and(|saving| saving >= 4.0), "{cost:?}");
     }
-    // Six calls against one multicall.
+    // Eight calls against one multicall.
     let switch = costs.iter().find(|cost| cost.work == "context switch").context("no switch")?;
-    assert!(switch.ratio() <= 1.25, "{switch:?}");
+    assert!(switch.ratio() <= 1.05, "{switch:?}");
     Ok(())
 }
 

@@ -12,6 +12,7 @@ use super::machine::Machine;
 use super::{GDT_OFFSET, LDT_OFFSET, TRAPS, Xen};
 use crate::CallNumber;
 use core::cell::Cell;
+use core::mem::offset_of;
 use vmi_abi::number;
 
 /// What the guest set.
@@ -27,10 +28,23 @@ pub(super) struct Tables {
     task_state: Cell<u32>,
     /// A bit for each entry of the GDT, by its number mod 32: a change of it waits.
     pub(super) changing: Cell<u32>,
+    /// How many entries of the GDT there are, of those that have a bit for themselves alone.
+    gdt_first: Cell<u32>,
+    /// The machine address of the copy of the GDT.
+    gdt_place: Cell<u64>,
     gdt_copy: Copied,
     ldt_copy: Copied,
     /// A bit for each vector: Xen knows a handler of it.
     handled: [Cell<u32>; VECTORS / 32],
+}
+
+/// For [`Xen::MOST_OFFSET`] and its like.
+impl Tables {
+    pub(super) const GDT_BASE_OFFSET: usize = offset_of!(Self, gdt) + offset_of!(Table, base);
+    pub(super) const GDT_FIRST_OFFSET: usize = offset_of!(Self, gdt_first);
+    pub(super) const GDT_PLACE_OFFSET: usize = offset_of!(Self, gdt_place);
+    pub(super) const CHANGING_OFFSET: usize = offset_of!(Self, changing);
+    pub(super) const TASK_STATE_OFFSET: usize = offset_of!(Self, task_state);
 }
 
 /// What is known of a copy.
@@ -48,6 +62,7 @@ const VECTORS: usize = 256;
 
 /// A table's place.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
 struct Table {
     base: u32,
     limit: u32,
@@ -74,6 +89,9 @@ const SELECTOR_INDEX: u32 = 0xfff8;
 
 /// Offset of the kernel's stack pointer in a task state segment.
 const ESP0: u32 = 4;
+
+/// In a segment descriptor's upper half: it was loaded.
+const ACCESSED: u32 = 1 << 8;
 
 /// In CR0.
 pub(super) const TASK_SWITCHED: u32 = 1 << 3;
@@ -118,13 +136,26 @@ const fn trap(vector: u8, low: u32, high: u32) -> Option<TrapInfo> {
 }
 
 impl Xen {
+    /// In a descriptor's upper half: what says that it is a segment, and what says that it is a program's.
+    pub const SEGMENT: u32 = PRESENT | IS_SEGMENT;
+    /// See [`Self::SEGMENT`].
+    pub const PROGRAM: u32 = PRESENT | IS_SEGMENT | PRIVILEGE;
+    /// Where the kernel's stack pointer is in a task state segment.
+    pub const ESP0: u32 = ESP0;
+    /// In a descriptor's upper half: what the processor adds.
+    pub const ACCESSED: u32 = ACCESSED;
+
     /// SetGDT.
     pub fn set_gdt(&self, machine: &impl Machine, base: u32, limit: u32) {
         self.flush(machine);
         let table = Table { base, limit };
         self.tables.gdt.set(table);
         self.copy(machine, table, GDT_OFFSET, &self.tables.gdt_copy, number::SetGDT);
-        let status = machine.set_gdt(self.copy_frame(machine, GDT_OFFSET), DESCRIPTORS_IN_A_PAGE);
+        let first = self.tables.gdt_copy.entries.get().min(u32::BITS);
+        self.tables.gdt_first.set(first);
+        let frame = self.copy_frame(machine, GDT_OFFSET);
+        self.tables.gdt_place.set(u64::from(frame) << PAGE_SHIFT);
+        let status = machine.set_gdt(frame, DESCRIPTORS_IN_A_PAGE);
         self.expect(machine, number::SetGDT, table.base, status);
     }
 
@@ -439,9 +470,6 @@ impl Xen {
         self.frames.machine_frame(machine, self.copy_own_frame(offset))
     }
 }
-
-/// In a segment descriptor's upper half: it was loaded.
-const ACCESSED: u32 = 1 << 8;
 
 impl Table {
     /// An entry, zeroes beyond the limit.

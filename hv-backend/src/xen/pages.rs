@@ -10,7 +10,7 @@ use super::interface::{
     uvmf,
 };
 use super::machine::Machine;
-use super::{ONE_CALL, Xen};
+use super::{ONE_UPDATE, Xen, calls_in, updates_in};
 use crate::CallNumber;
 use core::cell::Cell;
 use core::ops::Range;
@@ -104,16 +104,16 @@ impl Xen {
 
     /// Has an update wait, or be applied at once with all that does.
     pub fn take_update(&self, machine: &impl Machine, update: MmuUpdate) {
-        if !self.is_in(LazyMode::MMU) {
+        let waits = self.is_in(LazyMode::MMU);
+        if !waits {
             self.flush(machine);
         }
         let waiting = self.waiting.get();
-        if let Some(free) = self.updates.get(waiting as usize) {
+        if let Some(free) = self.updates.get(updates_in(waiting)) {
             free.set(update);
-            self.waiting.set(waiting + 1);
+            self.waiting.set(waiting + ONE_UPDATE);
         }
-        // The last place, or out of the mode.
-        if waiting >= self.most.get() {
+        if !waits || waiting >= self.most.get() {
             self.flush(machine);
         }
     }
@@ -306,12 +306,12 @@ impl Xen {
         self.cr3.set(value);
         let arg1 = self.frames.machine_frame(machine, frame);
         let operation = MmuExtOp { cmd: mmuext::NEW_BASEPTR, arg1, arg2: 0 };
-        let place = (self.waiting.get() / ONE_CALL) as usize;
+        let place = calls_in(self.waiting.get());
         if self.is_in(LazyMode::CPU)
-            && let (Some(call), Some(kept)) = (self.calls.get(place), self.operations.get(place))
+            && let (Some(call), Some(origin)) = (self.calls.get(place), self.origins.get(place))
         {
-            kept.set(operation);
-            let args = machine.mmuext_arguments(kept);
+            origin.operation.set(operation);
+            let args = machine.mmuext_arguments(&origin.operation);
             call.set(MulticallEntry { op: hypercall::MMUEXT_OP, result: 0, args });
             return self.called(machine, number::SetCR3);
         }

@@ -55,6 +55,12 @@ fn is_there() -> bool {
     words.as_flattened() == SIGNATURE
 }
 
+/// Entries of the GDT that nothing uses.
+const UNUSED: [u32; 3] = [28, 29, 30];
+
+/// The upper half of a data segment for ring 3, of some bytes: Xen changes the limit of one that is flat.
+const USER_DATA: u32 = 0x0040_f200;
+
 /// Makes a hypercall of up to three arguments.
 fn call(number: u32, arguments: [u32; 3]) -> i32 {
     let result;
@@ -144,12 +150,19 @@ pub(crate) fn run(report: &mut Report, space: Space, rom: Rom) {
     });
     report.point(format_args!("page-table entries that Xen refuses"), &problems);
     let mut problems = Problems::default();
-    interrupted::run(space, &mut |holds, rule| {
+    interrupted::entries(space, &mut |holds, rule| {
         if !holds {
             problems.add(rule);
         }
     });
     report.point(format_args!("page-table entries while interrupts come"), &problems);
+    let mut problems = Problems::default();
+    interrupted::switches(&mut |holds, rule| {
+        if !holds {
+            problems.add(rule);
+        }
+    });
+    report.point(format_args!("context switches while interrupts come"), &problems);
     if command_line::has("costs") {
         costs::count(space);
     }

@@ -10,7 +10,7 @@
 //! The counts of entries are for each of them. The guest's own hypercalls are what a kernel written for Xen would make: requests
 //! put into an array, one `mmu_update`; one multicall.
 
-use super::call;
+use super::{UNUSED, USER_DATA, call};
 use crate::console::line;
 use crate::host::CALLS;
 use crate::paging::{PAGE, PRESENT, Space, TEST_FRAMES, WRITE, physical};
@@ -29,12 +29,6 @@ const AREA: u32 = 0xd800_0000;
 
 /// In CR0.
 const TASK_SWITCHED: u32 = 1 << 3;
-
-/// Entries of the GDT that nothing uses.
-const UNUSED: [u32; 3] = [28, 29, 30];
-
-/// The upper half of a data segment for ring 3, of some bytes: Xen changes the limit of one that is flat.
-const USER_DATA: u32 = 0x0040_f200;
 
 /// Sizes of batches.
 const SIZES: [u32; 5] = [1, 8, 32, 64, 128];
@@ -188,13 +182,13 @@ fn count_switch(empty: u32) {
     let state = (&raw const TASK_STATE) as u32;
     let stack = suite::trap_stack_top();
     let gdt = (&raw const GDT) as u32;
-    let by_rom = |descriptors: [(u32, u32, u32); 3]| {
+    let by_rom = |low: u32| {
         // SAFETY: everything is set to what it is, but for the flag, which is set before.
         unsafe {
             CALLS.SetLazyMode(LazyMode::CPU.0);
-            for (index, low, high) in descriptors {
-                CALLS.WriteGDTEntry(gdt, index, low, high);
-            }
+            CALLS.WriteGDTEntry(gdt, UNUSED[0], low, USER_DATA);
+            CALLS.WriteGDTEntry(gdt, UNUSED[1], low, USER_DATA);
+            CALLS.WriteGDTEntry(gdt, UNUSED[2], low, USER_DATA);
             CALLS.UpdateKernelStack(state, stack);
             CALLS.CLTS();
             CALLS.SetCR3(cr3);
@@ -209,40 +203,43 @@ fn count_switch(empty: u32) {
     unsafe { asm!("mov {:e}, ss", out(reg) selector, options(nomem, nostack, preserves_flags)) };
     // The copy of the GDT that the ROM gave Xen is nobody's to know: entries of a page of the guest's own cost the same.
     let own = machine_frame(physical(&raw const TEST_FRAMES) / PAGE) * PAGE;
-    let raw = |descriptors: [(u32, u32, u32); 3]| {
+    let raw = |low: u32| {
         let calls = (&raw mut SWITCH).cast::<MulticallEntry>();
         let base = &raw mut BASE;
         let entry = |op, args: [u32; 4]| {
             let [a, b, c, d] = args;
             MulticallEntry { op, result: 0, args: [a, b, c, d, 0, 0] }
         };
+        let descriptor =
+            |index| entry(hypercall::UPDATE_DESCRIPTOR, [own + 8 * index, 0, low, USER_DATA]);
         // SAFETY: as many as there are; Xen reads them.
         unsafe {
             base.write(MmuExtOp { cmd: mmuext::NEW_BASEPTR, arg1: root, arg2: 0 });
-            for (place, (index, low, high)) in descriptors.into_iter().enumerate() {
-                let arguments = [own + 8 * index, 0, low, high];
-                calls.add(place).write(entry(hypercall::UPDATE_DESCRIPTOR, arguments));
-            }
+            calls.add(0).write(descriptor(UNUSED[0]));
+            calls.add(1).write(descriptor(UNUSED[1]));
+            calls.add(2).write(descriptor(UNUSED[2]));
             calls.add(3).write(entry(hypercall::STACK_SWITCH, [selector, stack, 0, 0]));
             calls.add(4).write(entry(hypercall::FPU_TASKSWITCH, [0; 4]));
             let arguments = [base as u32, 1, 0, DOMID_SELF];
             calls.add(5).write(entry(hypercall::MMUEXT_OP, arguments));
         }
         assert!(call(hypercall::MULTICALL, [calls as u32, 6, 0]) == 0);
+        // SAFETY: as above; Xen has written the results.
+        let result = |place| unsafe { (&raw const (*calls.add(place)).result).read_volatile() };
+        assert!((0..6).all(|place| result(place) == 0));
     };
     let count = |count: Option<u32>| count.unwrap_or(0).max(empty) - empty;
     let cr0 = CALLS.GetCR0();
     // Every second time one limit, every other time another: a descriptor that is there already the ROM does not tell Xen.
     let limit = Cell::new(0x0fff);
-    let descriptors = || UNUSED.map(|index| (index, limit.get(), USER_DATA));
     for (name, toggle) in [("context switch", 1), ("context switch, same descriptors", 0)] {
         let before = || {
             limit.set(limit.get() ^ toggle);
             // SAFETY: the work clears it again.
             unsafe { CALLS.SetCR0(cr0 | TASK_SWITCHED) };
         };
-        let rom = count(steady(before, || by_rom(descriptors())));
-        let raw = count(steady(before, || raw(descriptors())));
+        let rom = count(steady(before, || by_rom(limit.get())));
+        let raw = count(steady(before, || raw(limit.get())));
         line!("# xen-cost work=\"{name}\" entries=1 rom={rom} raw={raw} trapped=0");
     }
     for index in UNUSED {
