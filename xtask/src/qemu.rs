@@ -138,6 +138,13 @@ pub struct Module {
     pub words: String,
 }
 
+impl Module {
+    /// A file with its words.
+    pub fn new(path: impl Into<PathBuf>, words: impl Into<String>) -> Self {
+        Self { path: path.into(), words: words.into() }
+    }
+}
+
 impl Default for Machine {
     fn default() -> Self {
         Self {
@@ -611,8 +618,7 @@ mod tests {
 
     #[test]
     fn modules_have_words_and_commas_survive() {
-        let module = |path: &str, words: &str| Module { path: path.into(), words: words.into() };
-        let modules = vec![module("guest", "client=3.0 a,b"), module("rom", "")];
+        let modules = vec![Module::new("guest", "client=3.0 a,b"), Module::new("rom", "")];
         let words = words(&Machine { modules, ..Machine::default() });
         let at = words.iter().position(|word| word == "-initrd").expect("modules");
         assert_eq!(words[at + 1], "guest client=3.0 a,,b,rom");

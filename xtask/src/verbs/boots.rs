@@ -1,5 +1,6 @@
 //! Boots of Linux side by side: what `run --kernel` and `compare` share.
 
+use crate::artifacts;
 use crate::build::Tools;
 use crate::hypervisor::{self, End, Mode, PREFIX, Paging};
 use crate::linux::{self, Below, Boot, Booted};
@@ -145,7 +146,7 @@ pub(super) fn boot_all(findings: &Findings, order: &Order<'_>) -> Result<ExitCod
     guest.files_are_there(kernel)?;
     are_there([order.rom])?;
     let trace = TraceFile::create(order.trace)?;
-    let built = hypervisor::build_all(findings)?;
+    let built = artifacts::build_hosting(findings)?;
     let initrd = guest.initramfs(findings)?;
     let mut boots: Vec<Named> = Vec::new();
     for mode in &order.modes {

@@ -1,9 +1,10 @@
 //! `cargo xtask run --on all`.
 
 use super::{Tried, closing, failures, json, table};
+use crate::artifacts;
 use crate::build;
 use crate::conformance::{self, Client, Conformance, Subject};
-use crate::hypervisor::{self, Mode, Paging, Task};
+use crate::hypervisor::{self, Mode, Paging, Supply, Task};
 use crate::progress::Progress;
 use crate::qemu::{Attachment, Machine};
 use crate::toolchain::Findings;
@@ -27,11 +28,10 @@ pub(super) fn run(findings: &Findings, all: &super::Args) -> Result<ExitCode> {
         build::read(rom)?;
     }
     let xen = crate::verbs::setup::xen(all.reference.xen)?;
-    // Both build the same guest.
-    let below = hypervisor::build_all(findings)?;
-    let built = xen::build_all(findings)?;
-    let rom = all.rom.as_deref().unwrap_or(&built.rom);
+    let built = artifacts::build_hosting(findings)?;
+    let rom = all.rom.as_deref().unwrap_or(&built.hypervisors);
     let limit = all.limit();
+    let supply = Supply { built: &built, rom: Some(rom), limit };
     let mut complaints = Vec::new();
     let mut tried = Vec::new();
     let mut add = |name: &str, result: Conformance, complaint: Option<String>| {
@@ -53,15 +53,14 @@ pub(super) fn run(findings: &Findings, all: &super::Args) -> Result<ExitCode> {
 
     let progress = Progress::start("running the guest on the reference hypervisor");
     let (mode, paging) = (Mode::VmiBatched, Paging::Shadow);
-    let setup =
-        hypervisor::Setup { built: &below, rom: Some(rom), mode, paging, limit, traced: false };
+    let setup = hypervisor::Setup { supply, mode, paging, traced: false };
     let hosted = setup.run(Task::Conformance, shows(all.verbose, &progress))?;
     drop(progress);
     let complaint = hosted.complaint();
     add("reference", hosted.conformance, complaint);
 
     let progress = Progress::start(format!("running the guest on Xen {}", xen.version));
-    let setup = xen::Setup { built: &built, xen: &xen, rom: Some(rom), costs: false, limit };
+    let setup = xen::Setup { supply, xen: &xen, costs: false };
     let hosted = setup.run(shows(all.verbose, &progress))?;
     drop(progress);
     let complaint = hosted.complaint();

@@ -1,9 +1,12 @@
 //! `cargo xtask run --on reference`.
 
 use super::{Tried, closing, failures, table};
+use crate::artifacts;
 use crate::build;
 use crate::conformance::{Client, Subject};
-use crate::hypervisor::{self, Comparison, Fate, Hosted, Mode, Paging, Setup, Task, last_words};
+use crate::hypervisor::{
+    self, Comparison, Fate, Hosted, Mode, Paging, Setup, Supply, Task, last_words,
+};
 use crate::progress::Progress;
 use crate::qemu::Attachment;
 use crate::table::{Align, BAD, Cell, DIM, GOOD, HEAD, Table};
@@ -107,18 +110,12 @@ pub(super) fn run(findings: &Findings, all: &super::Args) -> Result<ExitCode> {
         build::read(rom)?;
     }
     let trace = TraceFile::create(args.trace.as_deref())?;
-    let built = hypervisor::build_all(findings)?;
+    let built = artifacts::build_hosting(findings)?;
+    let supply = Supply { built: &built, rom: all.rom.as_deref(), limit: all.limit() };
     let mut runs = Vec::new();
     for mode in args.modes() {
         let progress = Progress::start(format!("running the guest, mode {}", mode.name()));
-        let setup = Setup {
-            built: &built,
-            rom: all.rom.as_deref(),
-            mode,
-            paging: args.paging,
-            limit: all.limit(),
-            traced: trace.is_some(),
-        };
+        let setup = Setup { supply, mode, paging: args.paging, traced: trace.is_some() };
         runs.push(setup.run(args.task(), shows(all.verbose, &progress))?);
     }
     if let Some(trace) = trace {

@@ -1,15 +1,17 @@
 //! `cargo xtask run --on xen`.
 
 use super::{Tried, closing, failures, json, table};
+use crate::artifacts;
 use crate::build;
 use crate::conformance::{Client, Subject};
+use crate::hypervisor::Supply;
 use crate::progress::Progress;
 use crate::qemu::Attachment;
 use crate::table::{Align, Cell, GOOD, PLAIN, Table};
 use crate::tap::XenCostLine;
 use crate::toolchain::Findings;
 use crate::verbs::boots::shows;
-use crate::xen::{self, Setup};
+use crate::xen::Setup;
 use anyhow::Result;
 use std::process::ExitCode;
 
@@ -26,15 +28,15 @@ pub(super) fn run(findings: &Findings, all: &super::Args) -> Result<ExitCode> {
         build::read(rom)?;
     }
     let xen = crate::verbs::setup::xen(all.reference.xen)?;
-    let built = xen::build_all(findings)?;
-    let (rom, limit) = (all.rom.as_deref(), all.limit());
-    let setup = Setup { built: &built, xen: &xen, rom, costs: all.costs, limit };
+    let built = artifacts::build_hosting(findings)?;
+    let supply = Supply { built: &built, rom: all.rom.as_deref(), limit: all.limit() };
+    let setup = Setup { supply, xen: &xen, costs: all.costs };
     let progress = Progress::start(format!("running the guest on Xen {}", xen.version));
     let hosted = setup.run(shows(all.verbose, &progress))?;
     drop(progress);
 
     let complaint = hosted.complaint();
-    let rom = all.rom.clone().unwrap_or_else(|| built.rom.clone());
+    let rom = all.rom.clone().unwrap_or_else(|| built.hypervisors.clone());
     let subject = Subject { rom: Some(Attachment::OptionRom(rom)), client: Client::Lookup };
     let last = hosted.last_lines(LAST_LINES).join("\n    ");
     let tried = [Tried { subject, result: hosted.conformance }];
