@@ -84,8 +84,25 @@ impl Args {
 
 /// What was tried, and what came of it.
 struct Tried {
-    subject: Subject,
+    /// What it is called: the ROM, or where it was tried.
+    name: String,
+    /// The ROM; none if it is what is linked into the guest.
+    rom: Option<PathBuf>,
+    /// As which kind of guest.
+    client: Client,
+    /// What the guest said.
     result: Conformance,
+    /// Why it did not pass, by what the guest or its host said; nothing if it did.
+    complaint: Option<String>,
+}
+
+impl Tried {
+    /// A ROM, or what is linked into the guest, under its own name.
+    fn of(subject: &Subject, result: Conformance) -> Self {
+        let rom = subject.rom.as_ref().map(|rom| rom.path().to_owned());
+        let complaint = result.complaint();
+        Self { name: subject.name(), rom, client: subject.client, result, complaint }
+    }
 }
 
 /// What the user wants to have tried.
@@ -147,10 +164,10 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         let show = shows(args.verbose, &progress);
         let result = conformance::check(&built.emulator, &built.guest, &subject, &machine, show)?;
         drop(progress);
-        tried.push(Tried { subject, result });
+        tried.push(Tried::of(&subject, result));
     }
 
-    let passes = tried.iter().all(|tried| tried.result.complaint().is_none());
+    let passes = tried.iter().all(|tried| tried.complaint.is_none());
     if args.json {
         println!("{}", serde_json::to_string_pretty(&json(&tried))?);
     } else {
@@ -162,12 +179,12 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 /// Everything for a reader.
 fn text(tried: &[Tried], costs_wanted: bool) -> String {
     let mut text = if costs_wanted { cost_table(tried) } else { table(tried) };
-    for Tried { subject, result } in tried {
-        text.push_str(&failures(&subject.name(), result));
+    for Tried { name, result, .. } in tried {
+        text.push_str(&failures(name, result));
     }
     text.push('\n');
-    for Tried { subject, result } in tried {
-        text.push_str(&closing(&subject.name(), result));
+    for Tried { name, result, complaint, .. } in tried {
+        text.push_str(&closing(name, result, complaint.as_deref()));
     }
     text
 }
@@ -179,14 +196,14 @@ fn table(tried: &[Tried]) -> String {
     let mut titles = vec!["nr", "call"];
     for tried in tried {
         columns.extend([Align::Left, Align::Left, Align::Right, Align::Right]);
-        roms.extend([Cell::new(tried.subject.name(), HEAD), "".into(), "".into(), "".into()]);
+        roms.extend([Cell::new(&tried.name, HEAD), "".into(), "".into(), "".into()]);
         titles.extend(["answer", "verdict", "stack", "instructions"]);
     }
     let mut table = Table::new(&columns);
     table.row(roms);
     table.heading(&titles);
     // All that is tried at once is tried by one client.
-    let calls = tried.first().map(|tried| tried.subject.client.revision().calls());
+    let calls = tried.first().map(|tried| tried.client.revision().calls());
     for (index, (number, call)) in calls.into_iter().flatten().enumerate() {
         let mut row: Vec<Cell> = vec![number.to_string().into(), call.name.into()];
         for tried in tried {
@@ -207,7 +224,7 @@ fn cost_table(tried: &[Tried]) -> String {
     let mut titles = vec!["instructions of", "native"];
     for tried in tried {
         columns.extend([Align::Right, Align::Right]);
-        roms.extend(["".into(), Cell::new(tried.subject.name(), HEAD)]);
+        roms.extend(["".into(), Cell::new(&tried.name, HEAD)]);
         titles.extend(["with", "ratio"]);
     }
     let mut table = Table::new(&columns);
@@ -291,7 +308,7 @@ fn failures(name: &str, result: &Conformance) -> String {
 }
 
 /// The last word on a ROM.
-fn closing(name: &str, result: &Conformance) -> String {
+fn closing(name: &str, result: &Conformance, complaint: Option<&str>) -> String {
     let count = |verdict| {
         result.calls.iter().filter(|call| call.verdict == verdict && !call.is_native()).count()
     };
@@ -304,7 +321,7 @@ fn closing(name: &str, result: &Conformance) -> String {
         count(Some(Verdict::Ok)) + count(Some(Verdict::Fail)),
         result.calls.iter().filter(|call| call.verdict == Some(Verdict::Fail)).count(),
     );
-    match result.complaint() {
+    match complaint {
         None => format!("{}{name} passes{}: {figures}\n", GOOD.render(), GOOD.render_reset()),
         Some(complaint) => {
             format!("{}{name} FAILS{}: {complaint}; {figures}\n", BAD.render(), BAD.render_reset())
@@ -316,12 +333,13 @@ fn closing(name: &str, result: &Conformance) -> String {
 fn json(tried: &[Tried]) -> serde_json::Value {
     let roms: Vec<serde_json::Value> = tried
         .iter()
-        .map(|Tried { subject, result }| {
+        .map(|Tried { name, rom, client, result, complaint }| {
             serde_json::json!({
-                "path": subject.rom.as_ref().map(|rom| rom.path()),
-                "client": subject.client,
-                "passes": result.complaint().is_none(),
-                "complaint": result.complaint(),
+                "name": name,
+                "path": rom,
+                "client": client,
+                "passes": complaint.is_none(),
+                "complaint": complaint,
                 "seconds": result.run.duration.as_secs_f64(),
                 "command": result.run.command,
                 "calls": result.calls,

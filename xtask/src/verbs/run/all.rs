@@ -1,6 +1,6 @@
 //! `cargo xtask run --on all`.
 
-use super::{Tried, closing, failures, json, table};
+use super::{Tried, json, text};
 use crate::artifacts;
 use crate::build;
 use crate::conformance::{self, Client, Conformance, Subject};
@@ -12,7 +12,7 @@ use crate::verbs::boots::shows;
 use crate::xen;
 use anyhow::{Result, bail};
 use sha2::{Digest, Sha256};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 
 /// One guest and one image, on bare hardware, on the reference hypervisor and on Xen.
@@ -32,13 +32,10 @@ pub(super) fn run(findings: &Findings, all: &super::Args) -> Result<ExitCode> {
     let rom = all.rom.as_deref().unwrap_or(&built.hypervisors);
     let limit = all.limit();
     let supply = Supply { built: &built, rom: Some(rom), limit };
-    let mut complaints = Vec::new();
     let mut tried = Vec::new();
     let mut add = |name: &str, result: Conformance, complaint: Option<String>| {
-        complaints.extend(complaint.map(|complaint| format!("{name}: {complaint}")));
-        // What it is called is the platform.
-        let rom = Some(Attachment::OptionRom(PathBuf::from(name)));
-        tried.push(Tried { subject: Subject { rom, client: Client::Lookup }, result });
+        let (name, rom) = (name.to_owned(), Some(rom.to_owned()));
+        tried.push(Tried { name, rom, client: Client::Lookup, result, complaint });
     };
 
     let progress = Progress::start("running the guest on bare hardware");
@@ -66,26 +63,17 @@ pub(super) fn run(findings: &Findings, all: &super::Args) -> Result<ExitCode> {
     let complaint = hosted.complaint();
     add("xen", hosted.conformance, complaint);
 
+    let passes = tried.iter().all(|tried| tried.complaint.is_none());
     if all.json {
         println!("{}", serde_json::to_string_pretty(&json(&tried))?);
     } else {
-        let mut text = table(&tried);
-        for Tried { subject, result } in &tried {
-            text.push_str(&failures(&subject.name(), result));
-        }
-        text.push('\n');
-        for Tried { subject, result } in &tried {
-            text.push_str(&closing(&subject.name(), result));
-        }
-        for complaint in &complaints {
-            text.push_str(&format!("{complaint}\n"));
-        }
+        let mut text = text(&tried, false);
         for path in [built.guest.as_path(), rom] {
             text.push_str(&format!("{} has the sha-256 {}\n", build::shown(path), sum(path)?));
         }
         anstream::print!("{text}");
     }
-    Ok(if complaints.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if passes { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// The sum of a file.

@@ -1,14 +1,13 @@
 //! `cargo xtask run --on reference`.
 
-use super::{Tried, closing, failures, table};
+use super::{Tried, failures};
 use crate::artifacts;
 use crate::build;
-use crate::conformance::{Client, Subject};
+use crate::conformance::Client;
 use crate::hypervisor::{
     self, Comparison, Fate, Hosted, Mode, Paging, Setup, Supply, Task, last_words,
 };
 use crate::progress::Progress;
-use crate::qemu::Attachment;
 use crate::table::{Align, BAD, Cell, DIM, GOOD, HEAD, Table};
 use crate::tap::{self, WorkloadLine};
 use crate::toolchain::Findings;
@@ -175,23 +174,15 @@ fn conformance_text(runs: Vec<Hosted>) -> String {
         runs.iter().filter(|run| run.complaint().is_some()).map(words).collect();
     let tried: Vec<Tried> = runs
         .into_iter()
-        .map(|run| {
-            // What it is called is the mode.
-            let name = PathBuf::from(run.mode.name());
-            let subject =
-                Subject { rom: Some(Attachment::OptionRom(name)), client: Client::Lookup };
-            Tried { subject, result: run.conformance }
+        .map(|run| Tried {
+            name: run.mode.name().into(),
+            rom: None,
+            client: Client::Lookup,
+            complaint: run.complaint(),
+            result: run.conformance,
         })
         .collect();
-    let mut text = table(&tried);
-    for Tried { subject, result } in &tried {
-        text.push_str(&failures(&subject.name(), result));
-    }
-    text.push('\n');
-    for Tried { subject, result } in &tried {
-        text.push_str(&closing(&subject.name(), result));
-    }
-    text + &complaints
+    super::text(&tried, false) + &complaints
 }
 
 /// How a run that failed ended, and what the hypervisor said last.

@@ -39,22 +39,21 @@ pub(super) fn run(findings: &Findings, all: &super::Args) -> Result<ExitCode> {
     let rom = all.rom.clone().unwrap_or_else(|| built.hypervisors.clone());
     let subject = Subject { rom: Some(Attachment::OptionRom(rom)), client: Client::Lookup };
     let last = hosted.last_lines(LAST_LINES).join("\n    ");
-    let tried = [Tried { subject, result: hosted.conformance }];
+    let tried = [Tried { complaint, ..Tried::of(&subject, hosted.conformance) }];
+    let [Tried { name, result, complaint, .. }] = &tried;
     if all.json {
         println!("{}", serde_json::to_string_pretty(&json(&tried))?);
     } else {
-        let [Tried { subject, result }] = &tried;
-        let name =
-            format!("{} on Xen {}, {}", subject.name(), xen.version, all.reference.xen.name());
+        let name = format!("{name} on Xen {}, {}", xen.version, all.reference.xen.name());
         anstream::print!(
             "{}{}{}\n{}",
             table(&tried),
             costs(&result.report.xen_costs),
             failures(&name, result),
-            closing(&name, result)
+            closing(&name, result, complaint.as_deref())
         );
-        if let Some(complaint) = &complaint {
-            anstream::println!("{complaint}\n  the last lines of Xen's console:\n    {last}");
+        if complaint.is_some() {
+            anstream::println!("  the last lines of Xen's console:\n    {last}");
         }
     }
     Ok(if complaint.is_none() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
