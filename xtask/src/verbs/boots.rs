@@ -22,16 +22,10 @@ use vmi_hv_backend::reference::interface::Counters;
 pub(super) struct GuestOptions {
     /// Its initramfs, instead of ours with a program that tests the kernel. Then only the end counts: QEMU's exit device, or on the
     /// hypervisor that the machine is switched off.
-    #[arg(long, value_name = "FILE", requires = "kernel")]
+    #[arg(long, value_name = "FILE")]
     pub(super) initrd: Option<PathBuf>,
     /// More words for its command line.
-    #[arg(
-        long,
-        value_name = "WORDS",
-        default_value = "",
-        requires = "kernel",
-        allow_hyphen_values = true
-    )]
+    #[arg(long, value_name = "WORDS", default_value = "", allow_hyphen_values = true)]
     pub(super) append: String,
 }
 

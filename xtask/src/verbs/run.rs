@@ -3,6 +3,7 @@
 mod all;
 mod kvm;
 mod linux;
+pub mod options;
 mod reference;
 mod xen;
 
@@ -15,7 +16,7 @@ use crate::tap::Verdict;
 use crate::toolchain::Need;
 use crate::verbs::boots::shows;
 use anyhow::{Result, bail};
-use reference::Host;
+use options::Host;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -26,6 +27,7 @@ use std::time::Duration;
 /// become native code where they are called, and with the one that answers CALL_REL wherever it may.
 /// Succeeds only if every check holds.
 #[derive(Debug, clap::Args)]
+#[command(after_help = options::help())]
 pub struct Args {
     /// Try this ROM instead of ours, of any revision that there are kernels for.
     #[arg(long, value_name = "FILE")]
@@ -134,8 +136,11 @@ fn subjects(args: &Args, built: &Artifacts) -> Result<Vec<Subject>> {
 pub fn run(args: &Args) -> Result<ExitCode> {
     let findings = super::setup::provide(Need::RUN)?;
     match (args.reference.on, &args.linux.kernel) {
-        (Some(Host::Kvm), _) => return kvm::run(&findings, args),
-        (Some(Host::Xen | Host::All), Some(_)) => bail!("Linux is not for Xen: no --kernel there"),
+        (Some(Host::Kvm), Some(kernel)) => return kvm::run(&findings, args, kernel),
+        // Options were checked.
+        (Some(Host::Kvm), None) | (Some(Host::Xen | Host::All), Some(_)) => {
+            bail!("there is no such run")
+        }
         (Some(Host::Xen), None) => return xen::run(&findings, args),
         (Some(Host::All), None) => return all::run(&findings, args),
         (None | Some(Host::Reference), Some(kernel)) => return linux::run(&findings, args, kernel),

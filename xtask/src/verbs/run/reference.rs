@@ -1,5 +1,6 @@
 //! `cargo xtask run --on reference`.
 
+use super::options::Host;
 use super::{Tried, failures};
 use crate::artifacts;
 use crate::build;
@@ -13,22 +14,9 @@ use crate::tap::{self, WorkloadLine};
 use crate::toolchain::Findings;
 use crate::verbs::boots::{TraceFile, shows};
 use crate::xen::source::Build;
-use anyhow::{Result, bail};
+use anyhow::Result;
 use std::path::PathBuf;
 use std::process::ExitCode;
-
-/// What is run below the guest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub(super) enum Host {
-    /// The reference hypervisor.
-    Reference,
-    /// KVM, itself in QEMU's translator: Linux only, to compare with. `setup --kvm` gets its kernel.
-    Kvm,
-    /// Xen, as a guest with paravirtualization; what there is not yet of it, is built first.
-    Xen,
-    /// One image and one guest on bare hardware, on the reference hypervisor in batches, and on Xen.
-    All,
-}
 
 /// The hypervisor's modes that are tried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -48,30 +36,29 @@ enum Modes {
 pub(super) struct Options {
     /// Run the guest on a hypervisor.
     #[arg(long, value_enum, value_name = "HYPERVISOR")]
-    #[arg(conflicts_with_all = ["no_rom", "bar", "client", "machine", "cpu", "processors", "memory"])]
     pub(super) on: Option<Host>,
     /// Which Xen, built by `setup --xen`.
-    #[arg(long, value_enum, value_name = "BUILD", default_value_t, requires = "on")]
+    #[arg(long, value_enum, value_name = "BUILD", default_value_t)]
     pub(super) xen: Build,
     /// The reference hypervisor's mode.
-    #[arg(long, value_enum, default_value_t = Modes::All, requires = "on")]
+    #[arg(long, value_enum, default_value_t = Modes::All)]
     mode: Modes,
     /// The hypervisor's paging.
-    #[arg(long, value_enum, default_value_t, requires = "on")]
+    #[arg(long, value_enum, default_value_t)]
     pub(super) paging: Paging,
     /// Let the guest work as a kernel does, and show what that costs.
-    #[arg(long, requires = "on")]
+    #[arg(long)]
     workload: bool,
     /// Let the guest try what no guest should.
-    #[arg(long, requires = "on", conflicts_with = "workload")]
+    #[arg(long, conflicts_with = "workload")]
     hostile: bool,
     /// Let the guest come to a bad end, and show what the hypervisor says of it.
-    #[arg(long, value_enum, value_name = "FATE", requires = "on")]
+    #[arg(long, value_enum, value_name = "FATE")]
     #[arg(conflicts_with_all = ["workload", "hostile"])]
     end: Option<Fate>,
     /// Write what happened when, for Perfetto or chrome://tracing: a process for each mode. If the name ends in `.svg`, draw it instead: a
     /// panel for each mode.
-    #[arg(long, value_name = "FILE", requires = "on")]
+    #[arg(long, value_name = "FILE")]
     pub(super) trace: Option<PathBuf>,
 }
 
@@ -101,9 +88,6 @@ impl Options {
 ///
 /// The ROM cannot be read, the build fails, or QEMU does not start.
 pub(super) fn run(findings: &Findings, all: &super::Args) -> Result<ExitCode> {
-    if all.costs {
-        bail!("--costs is for bare hardware and for Xen; here --workload counts exits");
-    }
     let args = &all.reference;
     if let Some(rom) = &all.rom {
         build::read(rom)?;
