@@ -205,7 +205,7 @@ fn table(tried: &[Tried]) -> String {
         titles.extend(["answer", "verdict", "stack", "instructions"]);
     }
     let mut table = Table::new(&columns);
-    table.row(roms);
+    table.titles(roms);
     table.heading(&titles);
     // All that is tried at once is tried by one client.
     let calls = tried.first().map(|tried| tried.client.revision().calls());
@@ -233,7 +233,7 @@ fn cost_table(tried: &[Tried]) -> String {
         titles.extend(["with", "ratio"]);
     }
     let mut table = Table::new(&columns);
-    table.row(roms);
+    table.titles(roms);
     table.heading(&titles);
     let first = tried.first().map(|tried| tried.result.costs.as_slice()).unwrap_or_default();
     for (index, Cost { operation, native, .. }) in first.iter().enumerate() {
