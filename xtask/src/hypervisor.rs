@@ -2,7 +2,7 @@
 
 use crate::artifacts::Hosting;
 use crate::conformance::{Client, Conformance};
-use crate::qemu::{Machine, Module, Outcome, Run};
+use crate::qemu::{Machine, Module, Outcome, Run, printable};
 use crate::tap::{self, Report, WorkloadLine};
 use crate::toolchain::Emulator;
 use crate::trace::Record;
@@ -411,10 +411,7 @@ pub fn last_words(host: &str) -> String {
     let lines: Vec<&str> = host.lines().filter(|line| !is_counter(line)).collect();
     let mut text = String::new();
     for line in &lines[lines.len().saturating_sub(LINES)..] {
-        let is_shown = |letter: &char| !letter.is_control();
-        text.push_str("    ");
-        text.extend(line.trim_end().chars().filter(is_shown));
-        text.push('\n');
+        text.push_str(&format!("    {}\n", printable(line)));
     }
     text
 }

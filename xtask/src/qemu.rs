@@ -243,6 +243,11 @@ impl Run {
     }
 }
 
+/// A line of a guest's, without what would control the terminal.
+pub(crate) fn printable(line: &str) -> String {
+    line.trim_end().chars().filter(|letter| !letter.is_control()).collect()
+}
+
 /// A machine could not be run at all.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {

@@ -265,3 +265,24 @@ fn run_refuses_what_its_host_does_not_take() {
         assert!(said.starts_with(&wanted), "{said}");
     }
 }
+
+#[test]
+fn run_and_compare_refuse_what_is_no_rom() {
+    let (_folder, unreadable) = unreadable();
+    let is_plain = |words: &str| {
+        ["cannot", "0 bytes", "100 bytes", "neither"].iter().any(|start| words.starts_with(start))
+    };
+    for (file, words) in unreadable.iter().filter(|(_, words)| is_plain(words)) {
+        for more in [&[][..], &["--on", "reference"], &["--on", "xen"], &["--on", "all"]] {
+            let mut line: Vec<&dyn AsRef<std::ffi::OsStr>> = vec![&"run", &"--rom", file];
+            line.extend(more.iter().map(|word| word as &dyn AsRef<std::ffi::OsStr>));
+            let output = run(&line);
+            assert_eq!(output.status.code(), Some(1), "{output:?}");
+            let said = text(&output.stderr);
+            assert!(said.starts_with("error: ") && said.contains(words), "{words}: {said}");
+        }
+        let output = run(&[&"compare", &"--kernel", &good(), &"--rom", file]);
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        assert!(text(&output.stderr).contains(words), "{output:?}");
+    }
+}

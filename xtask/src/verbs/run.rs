@@ -10,11 +10,11 @@ mod xen;
 use crate::artifacts::{self, Artifacts};
 use crate::conformance::{self, CallSummary, Client, Conformance, Cost, Subject};
 use crate::progress::Progress;
-use crate::qemu::{Attachment, Machine, Model};
+use crate::qemu::{Attachment, Machine, Model, printable};
 use crate::table::{Align, BAD, Cell, DIM, GOOD, HEAD, Table};
 use crate::tap::Verdict;
 use crate::toolchain::Need;
-use crate::verbs::boots::shows;
+use crate::verbs::boots::{self, shows};
 use anyhow::{Result, bail};
 use options::Host;
 use std::path::PathBuf;
@@ -54,14 +54,13 @@ pub struct Args {
     #[arg(long)]
     bar: bool,
     /// Processors; the guest runs on the first.
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=255))]
     processors: u32,
-
     /// Memory in MiB.
     #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(16..=2047))]
     memory: u32,
     /// Seconds that each boot may take: 60, or 300 on a hypervisor and for Linux, if not given.
-    #[arg(long)]
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
     limit: Option<u64>,
     /// Print the results as JSON.
     #[arg(long)]
@@ -134,6 +133,9 @@ fn subjects(args: &Args, built: &Artifacts) -> Result<Vec<Subject>> {
 ///
 /// Something is missing, the build fails, or QEMU does not start.
 pub fn run(args: &Args) -> Result<ExitCode> {
+    if let Some(rom) = &args.rom {
+        boots::is_a_rom(rom)?;
+    }
     let findings = super::setup::provide(Need::RUN)?;
     match (args.reference.on, &args.linux.kernel) {
         (Some(Host::Kvm), Some(kernel)) => return kvm::run(&findings, args, kernel),
@@ -303,9 +305,11 @@ fn failures(name: &str, result: &Conformance) -> String {
     if result.report.closing.is_none() {
         let lines: Vec<&str> =
             result.run.serial.lines().filter(|line| !line.trim().is_empty()).collect();
-        text.push_str("  the last lines on the serial port:\n");
+        if !lines.is_empty() {
+            text.push_str("  the last lines on the serial port:\n");
+        }
         for line in &lines[lines.len().saturating_sub(10)..] {
-            text.push_str(&format!("    {}\n", line.escape_debug()));
+            text.push_str(&format!("    {}\n", printable(line)));
         }
         text.push_str(&format!("  {}\n", result.run.command));
     }

@@ -21,9 +21,6 @@ use std::process::ExitCode;
 ///
 /// Something is missing, the build fails, or QEMU does not start.
 pub(super) fn run(findings: &Findings, all: &super::Args) -> Result<ExitCode> {
-    if let Some(rom) = &all.rom {
-        build::read(rom)?;
-    }
     let xen = crate::verbs::setup::xen(all.reference.xen)?;
     let built = artifacts::build_hosting(findings)?;
     let rom = all.rom.as_deref().unwrap_or(&built.hypervisors);

@@ -3,7 +3,6 @@
 use super::options::Host;
 use super::{Tried, failures};
 use crate::artifacts;
-use crate::build;
 use crate::conformance::Client;
 use crate::hypervisor::{
     self, Comparison, Fate, Hosted, Mode, Paging, Setup, Supply, Task, last_words,
@@ -89,9 +88,6 @@ impl Options {
 /// The ROM cannot be read, the build fails, or QEMU does not start.
 pub(super) fn run(findings: &Findings, all: &super::Args) -> Result<ExitCode> {
     let args = &all.reference;
-    if let Some(rom) = &all.rom {
-        build::read(rom)?;
-    }
     let trace = TraceFile::create(args.trace.as_deref())?;
     let built = artifacts::build_hosting(findings)?;
     let supply = Supply { built: &built, rom: all.rom.as_deref(), limit: all.limit() };

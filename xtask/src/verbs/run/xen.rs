@@ -2,7 +2,6 @@
 
 use super::{Tried, closing, failures, json, table};
 use crate::artifacts;
-use crate::build;
 use crate::conformance::{Client, Subject};
 use crate::hypervisor::Supply;
 use crate::progress::Progress;
@@ -24,9 +23,6 @@ const LAST_LINES: usize = 24;
 ///
 /// Xen or the ROM is not there, the build fails, or QEMU does not start.
 pub(super) fn run(findings: &Findings, all: &super::Args) -> Result<ExitCode> {
-    if let Some(rom) = &all.rom {
-        build::read(rom)?;
-    }
     let xen = crate::verbs::setup::xen(all.reference.xen)?;
     let built = artifacts::build_hosting(findings)?;
     let supply = Supply { built: &built, rom: all.rom.as_deref(), limit: all.limit() };
