@@ -1,25 +1,9 @@
 //! Hands the hypervisor's layout to the linker.
 
-use std::env;
-use std::path::Path;
+#[path = "../bare.rs"]
+mod bare;
 
 fn main() {
-    let script =
-        Path::new(&env::var("CARGO_MANIFEST_DIR").expect("set by Cargo")).join("linker.ld");
-    println!("cargo::rerun-if-changed=build.rs");
-    println!("cargo::rerun-if-changed=linker.ld");
-    if env::var("CARGO_CFG_TARGET_OS").as_deref() == Ok("none") {
-        for argument in [
-            "-static",
-            "-melf_x86_64",
-            "-znorelro",
-            "-zmax-page-size=4096",
-            "--no-dynamic-linker",
-            "--build-id=none",
-            "--gc-sections",
-            &format!("-T{}", script.display()),
-        ] {
-            println!("cargo::rustc-link-arg-bins={argument}");
-        }
-    }
+    let in_long_mode = ["-melf_x86_64", "-znorelro", "-zmax-page-size=4096", "--no-dynamic-linker"];
+    bare::link(Some("linker.ld"), &in_long_mode);
 }

@@ -7,15 +7,16 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 use vmi_hv_backend::reference::interface::{BATCH_LIMIT, Counters};
 use vmi_hv_backend::reference::record::Ending;
-use xtask::hypervisor::{self, Comparison, End, Fate, Hosted, Mode, Paging, Setup, Task};
+use xtask::artifacts;
+use xtask::hypervisor::{Comparison, End, Fate, Hosted, Mode, Paging, Setup, Supply, Task};
 use xtask::tap::{self, WorkloadLine};
 use xtask::trace;
 
 /// Runs the guest.
 fn host(mode: Mode, paging: Paging, task: Task, limit: u64, traced: bool) -> Result<Hosted> {
-    let built = hypervisor::ensure()?;
-    let limit = Duration::from_secs(limit);
-    Setup { built, rom: None, mode, paging, limit, traced }.run(task, |_| ())
+    let (built, limit) = (artifacts::ensure_hosting()?, Duration::from_secs(limit));
+    let supply = Supply { built, rom: None, limit };
+    Setup { supply, mode, paging, traced }.run(task, |_| ())
 }
 
 /// Runs the guest, and wants every check to hold.

@@ -7,9 +7,10 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::Duration;
 use vmi_hv_backend::reference::interface::Counters;
+use xtask::artifacts;
 use xtask::build::Tools;
 use xtask::debian::{self, Flavour};
-use xtask::hypervisor::{self, End, Mode, Paging};
+use xtask::hypervisor::{End, Mode, Paging};
 use xtask::kvm;
 use xtask::linux::{self, Below, Boot, Booted};
 use xtask::qemu::Outcome;
@@ -37,7 +38,7 @@ fn initramfs() -> Result<&'static Path> {
 
 /// Boots a kernel on the hypervisor.
 fn boot(flavour: Flavour, mode: Mode, paging: Paging) -> Result<Booted> {
-    let built = hypervisor::ensure()?;
+    let built = artifacts::ensure_hosting()?;
     let below = Below::Hypervisor { built, rom: None, mode, paging };
     let kernel = debian::kernel(flavour)?;
     let mut boot = Boot::tests(&built.emulator, &kernel, initramfs()?, below);
@@ -120,7 +121,7 @@ fn the_same_kernel_runs_under_kvm_and_its_exits_are_counted() -> Result<()> {
 
 /// What becomes of a boot whose first program lets the kernel end the machine.
 fn ended_by_kernel(word: &str) -> Result<Booted> {
-    let built = hypervisor::ensure()?;
+    let built = artifacts::ensure_hosting()?;
     let (mode, paging) = (Mode::Trap, Paging::Nested);
     let below = Below::Hypervisor { built, rom: None, mode, paging };
     let kernel = debian::kernel(Flavour::I686)?;
@@ -156,7 +157,7 @@ fn a_machine_that_is_reset_has_been_counted_and_is_no_pass() -> Result<()> {
 
 #[test]
 fn a_first_program_that_does_not_run_is_no_pass() -> Result<()> {
-    let built = hypervisor::ensure()?;
+    let built = artifacts::ensure_hosting()?;
     let folder = tempfile::tempdir()?;
     let initrd = folder.path().join("initramfs");
     std::fs::write(&initrd, linux::archive(b"not a program"))?;
@@ -171,7 +172,7 @@ fn a_first_program_that_does_not_run_is_no_pass() -> Result<()> {
 
 #[test]
 fn a_kernel_that_is_cut_off_is_refused() -> Result<()> {
-    let built = hypervisor::ensure()?;
+    let built = artifacts::ensure_hosting()?;
     let folder = tempfile::tempdir()?;
     let kernel = folder.path().join("bzImage");
     let bytes = std::fs::read(debian::kernel(Flavour::I686)?)?;

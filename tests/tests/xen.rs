@@ -10,10 +10,11 @@ use vmi_abi::CALLS_3_0;
 use vmi_abi::entry::{NOTE_ENTRY, NOTE_NAME};
 use xtask::artifacts;
 use xtask::build::read;
+use xtask::hypervisor::Supply;
 use xtask::qemu::Outcome;
 use xtask::tap::Verdict;
 use xtask::xen::source::{self, Build};
-use xtask::xen::{self, Hosted, Setup};
+use xtask::xen::{Hosted, Setup};
 
 /// Calls that Xen gives a guest no way to try, each with a reason that the guest says.
 const SKIPPED: [&str; 3] = ["WRMSR", "Shutdown", "SetCallbacks"];
@@ -27,8 +28,8 @@ const PAST_THE_ROM: &str = "vmi-guest: this line went past the ROM";
 /// Runs the guest; `rom` instead of our image.
 fn run(build: Build, rom: Option<&Path>, costs: bool) -> Result<Hosted> {
     let xen = source::xen(build)?;
-    let limit = Duration::from_secs(300);
-    Setup { built: xen::ensure()?, xen: &xen, rom, costs, limit }.run(|_| ())
+    let (built, limit) = (artifacts::ensure_hosting()?, Duration::from_secs(300));
+    Setup { supply: Supply { built, rom, limit }, xen: &xen, costs }.run(|_| ())
 }
 
 /// All calls, Reboot included, and Xen's own console and events beside them.
@@ -111,7 +112,7 @@ fn no_rom_is_no_pass() -> Result<()> {
 /// The guest's file says where its VMI entry is: in its code, at the symbol.
 #[test]
 fn the_guest_has_a_vmi_entry() -> Result<()> {
-    let file = read(&xen::ensure()?.guest)?;
+    let file = read(&artifacts::ensure_hosting()?.guest)?;
     let file = object::File::parse(&file[..])?;
     let note = file.section_by_name(".notes").context("no notes")?.data()?;
     let words: Vec<u32> = note

@@ -2,7 +2,7 @@
 
 use crate::build::{self, Form, Tools};
 use crate::link;
-use crate::toolchain::{Emulator, Findings};
+use crate::toolchain::{self, Emulator, Findings};
 use anyhow::{Context, Result};
 use std::path::PathBuf;
 use std::sync::OnceLock;
@@ -35,15 +35,49 @@ pub struct Artifacts {
     pub emulator: Emulator,
 }
 
+/// What runs on hypervisors need.
+#[derive(Clone, Debug)]
+pub struct Hosting {
+    /// The reference hypervisor.
+    pub hypervisor: PathBuf,
+    /// What starts the guest on Xen.
+    pub xen_loader: PathBuf,
+    /// The image that knows the reference hypervisor.
+    pub reference: PathBuf,
+    /// The image for every platform.
+    pub hypervisors: PathBuf,
+    /// The test guest.
+    pub guest: PathBuf,
+    /// QEMU with long mode.
+    pub emulator: Emulator,
+}
+
 /// Builds images and guest, once in this process.
 ///
 /// # Errors
 ///
-/// Something that the build needs is missing, or the build fails; the same answer each time.
+/// As [`build_all`]; the same answer each time.
 pub fn ensure() -> Result<&'static Artifacts> {
-    static BUILT: OnceLock<Result<Artifacts, String>> = OnceLock::new();
-    BUILT
-        .get_or_init(|| build_all(&Findings::gather()).map_err(|error| format!("{error:#}")))
+    static BUILT: Once<Artifacts> = Once::new();
+    once(&BUILT, build_all)
+}
+
+/// Builds what runs on hypervisors need, once in this process.
+///
+/// # Errors
+///
+/// As [`build_hosting`]; the same answer each time.
+pub fn ensure_hosting() -> Result<&'static Hosting> {
+    static BUILT: Once<Hosting> = Once::new();
+    once(&BUILT, build_hosting)
+}
+
+/// What is built once, or why it cannot be.
+type Once<T> = OnceLock<Result<T, String>>;
+
+fn once<T>(built: &'static Once<T>, build: fn(&Findings) -> Result<T>) -> Result<&'static T> {
+    built
+        .get_or_init(|| build(&Findings::gather()).map_err(|error| format!("{error:#}")))
         .as_ref()
         .map_err(|error| anyhow::anyhow!("{error}"))
 }
@@ -81,4 +115,31 @@ pub fn build_all(findings: &Findings) -> Result<Artifacts> {
         guest,
         emulator,
     })
+}
+
+/// Builds hypervisor, loader, guest, and the images that know hypervisors.
+///
+/// # Errors
+///
+/// Something that the build needs is missing, or the build fails.
+pub fn build_hosting(findings: &Findings) -> Result<Hosting> {
+    let tools = Tools::from_findings(findings)?;
+    let emulator = long_mode_emulator()?;
+    let slots = [build::rom(&tools, Form::Slots13_0)?, build::rom(&tools, Form::Slots13_3)?];
+    let links = link::all(&tools, &slots)?;
+    Ok(Hosting {
+        hypervisor: build::hypervisor(&tools)?,
+        xen_loader: build::xen_loader(&tools)?,
+        reference: build::rom(&tools, Form::Reference)?.path,
+        hypervisors: build::rom(&tools, Form::Hypervisors)?.path,
+        guest: build::guest(&tools, &links)?,
+        emulator,
+    })
+}
+
+/// The QEMU for 64-bit programs.
+pub(crate) fn long_mode_emulator() -> Result<Emulator> {
+    toolchain::long_mode_emulator()
+        .map_err(anyhow::Error::msg)
+        .context("no QEMU with long mode; `cargo xtask setup` says how to get it")
 }

@@ -1,17 +1,15 @@
 //! Guests on the reference hypervisor: the machine, the run, how it ended, and what the hypervisor counted.
 
-use crate::build::{self, Form, Tools};
+use crate::artifacts::Hosting;
 use crate::conformance::{Client, Conformance};
-use crate::link;
-use crate::qemu::{Machine, Module, Outcome, Run};
+use crate::qemu::{Machine, Module, Outcome, Run, printable};
 use crate::tap::{self, Report, WorkloadLine};
-use crate::toolchain::{self, Emulator, Findings};
+use crate::toolchain::Emulator;
 use crate::trace::Record;
 use anyhow::{Context, Result};
 use serde::Serialize;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
-use std::sync::OnceLock;
 use std::time::Duration;
 use vmi_hv_backend::reference::interface::Counters;
 use vmi_hv_backend::reference::record::{Ending, OWN_END, POWER_OFF, RESET, START, STOP};
@@ -132,65 +130,48 @@ impl Fate {
     }
 }
 
-/// What is built for such runs.
-#[derive(Clone, Debug)]
-pub struct Built {
-    /// QEMU.
-    pub emulator: Emulator,
-    /// The hypervisor.
-    pub hypervisor: PathBuf,
-    /// The test guest.
-    pub guest: PathBuf,
-    /// The image that knows the hypervisor.
-    pub rom: PathBuf,
+/// What every run of the test guest on a hypervisor is given.
+#[derive(Clone, Copy, Debug)]
+pub struct Supply<'a> {
+    /// What is run.
+    pub built: &'a Hosting,
+    /// Another image instead of ours.
+    pub rom: Option<&'a Path>,
+    /// How long the run may take.
+    pub limit: Duration,
 }
 
-/// Builds hypervisor, guest and image.
-///
-/// # Errors
-///
-/// Something that the build needs is missing, or the build fails.
-pub fn build_all(findings: &Findings) -> Result<Built> {
-    let tools = Tools::from_findings(findings)?;
-    let emulator = toolchain::long_mode_emulator()
-        .map_err(anyhow::Error::msg)
-        .context("no QEMU with long mode; `cargo xtask setup` says how to get it")?;
-    let slots = [build::rom(&tools, Form::Slots13_0)?, build::rom(&tools, Form::Slots13_3)?];
-    let links = link::all(&tools, &slots)?;
-    Ok(Built {
-        emulator,
-        hypervisor: build::hypervisor(&tools)?,
-        guest: build::guest(&tools, &links)?,
-        rom: build::rom(&tools, Form::Reference)?.path,
-    })
-}
-
-/// Builds hypervisor, guest and image, once in this process.
-///
-/// # Errors
-///
-/// As [`build_all`]; the same answer each time.
-pub fn ensure() -> Result<&'static Built> {
-    static BUILT: OnceLock<Result<Built, String>> = OnceLock::new();
-    BUILT
-        .get_or_init(|| build_all(&Findings::gather()).map_err(|error| format!("{error:#}")))
-        .as_ref()
-        .map_err(|error| anyhow::anyhow!("{error}"))
+/// A machine that starts the hypervisor: the guest's modules, and behind them the ROM, where the mode has one.
+pub(crate) fn machine(
+    built: &Hosting,
+    rom: Option<&Path>,
+    mode: Mode,
+    paging: Paging,
+    mut modules: Vec<Module>,
+) -> Machine {
+    if mode != Mode::Trap {
+        modules.push(Module::new(rom.unwrap_or(&built.reference), ""));
+    }
+    Machine {
+        memory: 512,
+        kernel: Some(built.hypervisor.clone()),
+        modules,
+        append: Some(format!("mode={} paging={}", mode.name(), paging.name())),
+        // What the guest says tells whether it found a ROM.
+        banner: None,
+        ..Machine::default()
+    }
 }
 
 /// The guest under the hypervisor.
 #[derive(Clone, Debug)]
 pub struct Setup<'a> {
-    /// What is run.
-    pub built: &'a Built,
-    /// Another image instead of ours.
-    pub rom: Option<&'a Path>,
+    /// What it is given.
+    pub supply: Supply<'a>,
     /// The hypervisor's mode. In [`Mode::Trap`] there is no ROM.
     pub mode: Mode,
     /// The hypervisor's paging.
     pub paging: Paging,
-    /// How long the run may take.
-    pub limit: Duration,
     /// Whether the exits are wanted.
     pub traced: bool,
 }
@@ -199,25 +180,15 @@ impl Setup<'_> {
     /// The machine.
     #[must_use]
     pub fn machine(&self, task: Task) -> Machine {
-        let module = |path: &Path, words: &str| Module { path: path.into(), words: words.into() };
-        let rom = self.rom.unwrap_or(&self.built.rom);
-        let mut modules = vec![module(&self.built.guest, &task.words())];
-        if self.mode != Mode::Trap {
-            modules.push(module(rom, ""));
-        }
+        let Supply { built, rom, limit } = self.supply;
+        let guest = Module::new(&built.guest, task.words());
         Machine {
-            memory: 512,
-            kernel: Some(self.built.hypervisor.clone()),
-            modules,
-            append: Some(format!("mode={} paging={}", self.mode.name(), self.paging.name())),
             // The guest tests Reboot.
             no_reboot: task != Task::Conformance,
             // Where time is steady, QEMU gives up on a page table that lies on a device.
             steady_time: !matches!(task, Task::Hostile | Task::End(Fate::DeviceTables)),
-            limit: self.limit,
-            // What the guest says tells whether it found a ROM.
-            banner: None,
-            ..Machine::default()
+            limit,
+            ..machine(built, rom, self.mode, self.paging, vec![guest])
         }
     }
 
@@ -230,7 +201,7 @@ impl Setup<'_> {
         let machine = self.machine(task);
         let steady_time = machine.steady_time;
         let Watched { run, counters, record, end } =
-            Watched::follow(machine, &self.built.emulator, self.traced, progress)
+            Watched::follow(machine, &self.supply.built.emulator, self.traced, progress)
                 .context("the hypervisor was not run")?;
         let wants_linked = self.mode == Mode::Trap;
         let conformance = Conformance::of(run, Client::Lookup, wants_linked, steady_time);
@@ -440,10 +411,7 @@ pub fn last_words(host: &str) -> String {
     let lines: Vec<&str> = host.lines().filter(|line| !is_counter(line)).collect();
     let mut text = String::new();
     for line in &lines[lines.len().saturating_sub(LINES)..] {
-        let is_shown = |letter: &char| !letter.is_control();
-        text.push_str("    ");
-        text.extend(line.trim_end().chars().filter(is_shown));
-        text.push('\n');
+        text.push_str(&format!("    {}\n", printable(line)));
     }
     text
 }

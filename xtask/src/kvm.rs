@@ -2,13 +2,14 @@
 //!
 //! The host is a 64-bit kernel of Debian's with `tests/kvm` as its only program. `/dev/kvm` of the machine at hand is not used.
 
+use crate::artifacts;
 use crate::build::{self, Tools};
 use crate::debian::{self, Flavour, KVM_MODULES};
 use crate::hypervisor::Paging;
 use crate::linux::{Archive, COMMAND_LINE, MARKER};
 use crate::qemu::{Machine, Outcome, Run};
-use crate::toolchain::{self, Emulator, Findings};
-use anyhow::{Context, Result};
+use crate::toolchain::{Emulator, Findings};
+use anyhow::Result;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -38,9 +39,7 @@ impl Host {
     ///
     /// Something is missing, or the program does not compile.
     pub fn build(findings: &Findings) -> Result<Self> {
-        let emulator = toolchain::long_mode_emulator()
-            .map_err(anyhow::Error::msg)
-            .context("no QEMU with long mode; `cargo xtask setup` says how to get it")?;
+        let emulator = artifacts::long_mode_emulator()?;
         let flavour = Flavour::CloudAmd64;
         let kernel = debian::kernel(flavour)?;
         let modules = KVM_MODULES.iter().map(|name| debian::file(flavour, name));

@@ -1,7 +1,8 @@
 //! Linux as the guest: its first program, the initramfs around it, the runs.
 
+use crate::artifacts::Hosting;
 use crate::build::{self, Tools};
-use crate::hypervisor::{self, Built, End, Mode, Paging, Watched};
+use crate::hypervisor::{self, End, Mode, Paging, Watched};
 use crate::qemu::{Machine, Module, Outcome, Run};
 use crate::trace::Record;
 use anyhow::Result;
@@ -109,7 +110,7 @@ pub enum Below<'a> {
     /// The reference hypervisor.
     Hypervisor {
         /// It and its ROM.
-        built: &'a Built,
+        built: &'a Hosting,
         /// Another image instead of ours.
         rom: Option<&'a Path>,
         /// How it comes to know of changes in page tables.
@@ -158,35 +159,21 @@ impl<'a> Boot<'a> {
     #[must_use]
     pub fn machine(&self) -> Machine {
         let line = format!("{COMMAND_LINE} {}", self.append).trim_end().to_owned();
-        let machine = Machine {
-            memory: 512,
-            limit: self.limit,
-            marker: self.marker.unwrap_or_default().into(),
-            banner: None,
-            ..Machine::default()
-        };
-        match self.below {
+        let machine = match self.below {
             Below::Nothing => Machine {
+                memory: 512,
                 kernel: Some(self.kernel.into()),
                 initrd: Some(self.initrd.into()),
                 append: Some(line),
-                ..machine
+                banner: None,
+                ..Machine::default()
             },
             Below::Hypervisor { built, rom, mode, paging } => {
-                let module =
-                    |path: &Path, words: &str| Module { path: path.into(), words: words.into() };
-                let mut modules = vec![module(self.kernel, &line), module(self.initrd, "")];
-                if mode != Mode::Trap {
-                    modules.push(module(rom.unwrap_or(&built.rom), ""));
-                }
-                Machine {
-                    kernel: Some(built.hypervisor.clone()),
-                    modules,
-                    append: Some(format!("mode={} paging={}", mode.name(), paging.name())),
-                    ..machine
-                }
+                let guest = [Module::new(self.kernel, line), Module::new(self.initrd, "")];
+                hypervisor::machine(built, rom, mode, paging, guest.into())
             }
-        }
+        };
+        Machine { limit: self.limit, marker: self.marker.unwrap_or_default().into(), ..machine }
     }
 
     /// Boots, and hands each line of the serial port to `progress`.

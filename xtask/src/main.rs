@@ -1,6 +1,6 @@
 //! `cargo xtask`: set-up, build, inspector, runs in QEMU, tests.
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use std::process::ExitCode;
 use xtask::table::BAD;
 use xtask::verbs;
@@ -30,7 +30,7 @@ enum Verb {
 fn main() -> ExitCode {
     // `RUST_LOG=debug` shows every command that is run, with what it is told by its environment.
     env_logger::init();
-    let done = match CommandLine::parse().verb {
+    let done = match command_line().verb {
         Verb::Setup(args) => verbs::setup::run(&args),
         Verb::Build(args) => verbs::build::run(&args),
         Verb::Verify(args) => verbs::verify::run(&args),
@@ -46,4 +46,17 @@ fn main() -> ExitCode {
         anstream::eprintln!("{}error{}: {error:#}", BAD.render(), BAD.render_reset());
         ExitCode::FAILURE
     })
+}
+
+/// What the user typed, if options and run go together.
+fn command_line() -> CommandLine {
+    let mut command = CommandLine::command();
+    let matches = command.get_matches_mut();
+    if let Some((verb @ "run", given)) = matches.subcommand()
+        && let Err(refusal) = verbs::run::options::check(given)
+        && let Some(run) = command.find_subcommand_mut(verb)
+    {
+        refusal.format(run).exit();
+    }
+    CommandLine::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
 }

@@ -138,6 +138,13 @@ pub struct Module {
     pub words: String,
 }
 
+impl Module {
+    /// A file with its words.
+    pub fn new(path: impl Into<PathBuf>, words: impl Into<String>) -> Self {
+        Self { path: path.into(), words: words.into() }
+    }
+}
+
 impl Default for Machine {
     fn default() -> Self {
         Self {
@@ -234,6 +241,11 @@ impl Run {
         let lines: Vec<&str> = self.serial.lines().filter(|line| !line.trim().is_empty()).collect();
         lines[lines.len().saturating_sub(LINES)..].join("\n")
     }
+}
+
+/// A line of a guest's, without what would control the terminal.
+pub(crate) fn printable(line: &str) -> String {
+    line.trim_end().chars().filter(|letter| !letter.is_control()).collect()
 }
 
 /// A machine could not be run at all.
@@ -611,8 +623,7 @@ mod tests {
 
     #[test]
     fn modules_have_words_and_commas_survive() {
-        let module = |path: &str, words: &str| Module { path: path.into(), words: words.into() };
-        let modules = vec![module("guest", "client=3.0 a,b"), module("rom", "")];
+        let modules = vec![Module::new("guest", "client=3.0 a,b"), Module::new("rom", "")];
         let words = words(&Machine { modules, ..Machine::default() });
         let at = words.iter().position(|word| word == "-initrd").expect("modules");
         assert_eq!(words[at + 1], "guest client=3.0 a,,b,rom");

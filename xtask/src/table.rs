@@ -52,7 +52,27 @@ const GAP: usize = 2;
 #[derive(Clone, Debug, Default)]
 pub struct Table {
     columns: Vec<Align>,
-    rows: Vec<Vec<Cell>>,
+    rows: Vec<Row>,
+}
+
+#[derive(Clone, Debug)]
+struct Row {
+    cells: Vec<Cell>,
+    /// Whether it has titles for more than one column.
+    has_titles: bool,
+}
+
+impl Row {
+    /// Whether a cell may run over into the blank one behind it: a title, or one with nothing else behind it.
+    fn runs_over(&self, column: usize) -> bool {
+        let is_blank = |cell: &Cell| cell.text.is_empty();
+        match self.cells.get(column + 1..) {
+            Some(behind @ [next, ..]) => {
+                is_blank(next) && (self.has_titles || behind.iter().all(is_blank))
+            }
+            _ => false,
+        }
+    }
 }
 
 impl Table {
@@ -69,7 +89,12 @@ impl Table {
 
     /// Adds a row. Missing cells are blank.
     pub fn row(&mut self, cells: impl IntoIterator<Item = Cell>) {
-        self.rows.push(cells.into_iter().collect());
+        self.rows.push(Row { cells: cells.into_iter().collect(), has_titles: false });
+    }
+
+    /// Adds a row of titles, which run over into the blank cells behind them.
+    pub fn titles(&mut self, cells: impl IntoIterator<Item = Cell>) {
+        self.rows.push(Row { cells: cells.into_iter().collect(), has_titles: true });
     }
 
     /// The table as text with colours; print it through `anstream`, which drops them where they do not belong.
@@ -80,7 +105,7 @@ impl Table {
         for row in &self.rows {
             let mut start = 0;
             let mut end = 0;
-            for ((cell, width), align) in row.iter().zip(&widths).zip(&self.columns) {
+            for ((cell, width), align) in row.cells.iter().zip(&widths).zip(&self.columns) {
                 let length = cell.text.chars().count();
                 if length != 0 {
                     let flush =
@@ -99,12 +124,12 @@ impl Table {
         text
     }
 
-    /// A column is as wide as its widest cell; a cell before a blank one may run over into it.
+    /// A column is as wide as its widest cell, but for those that run over.
     fn width(&self, column: usize) -> usize {
         self.rows
             .iter()
-            .filter(|row| !row.get(column + 1).is_some_and(|next| next.text.is_empty()))
-            .filter_map(|row| row.get(column))
+            .filter(|row| !row.runs_over(column))
+            .filter_map(|row| row.cells.get(column))
             .map(|cell| cell.text.chars().count())
             .max()
             .unwrap_or(0)
@@ -128,10 +153,19 @@ mod tests {
     #[test]
     fn a_title_runs_over_the_blank_cells_behind_it() {
         let mut table = Table::new(&[Align::Left, Align::Left, Align::Left]);
-        table.row(["a long title".into(), "".into(), "next".into()]);
+        table.titles(["a long title".into(), "".into(), "next".into()]);
         table.row(["a".into(), "b".into(), "c".into()]);
         let plain = anstream::adapter::strip_str(&table.render()).to_string();
         assert_eq!(plain, "a long title  next\na  b  c\n");
+    }
+
+    #[test]
+    fn a_blank_cell_leaves_the_columns_as_wide_as_they_are() {
+        let mut table = Table::new(&[Align::Left, Align::Left, Align::Left]);
+        table.row(["a long name".into(), "".into(), "x".into()]);
+        table.row(["a".into(), "b".into(), "c".into()]);
+        let plain = anstream::adapter::strip_str(&table.render()).to_string();
+        assert_eq!(plain, "a long name     x\na            b  c\n");
     }
 
     #[test]

@@ -2,16 +2,13 @@
 
 pub mod source;
 
-use crate::build::{self, Form, Tools};
+use crate::build;
 use crate::conformance::{Client, Conformance};
-use crate::link;
+use crate::hypervisor::Supply;
 use crate::qemu::{Attachment, BANNER, Machine, Module};
-use crate::toolchain::{self, Emulator, Findings};
 use anyhow::{Context, Result};
 use source::Xen;
-use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
-use std::time::Duration;
+use std::path::Path;
 
 /// Xen's words: its console is the second port, for the guest has the first; 32-bit guests are wanted; all is said.
 const COMMAND_LINE: &str = "console=com2 com2=115200,8n1 pv=32 loglvl=all guest_loglvl=all";
@@ -19,65 +16,15 @@ const COMMAND_LINE: &str = "console=com2 com2=115200,8n1 pv=32 loglvl=all guest_
 /// What Xen says when a run has failed, however QEMU ends.
 const COMPLAINTS: [&str; 4] = ["Panic on CPU", "Dom0 crashed", "domain_crash", "Assertion "];
 
-/// What is built for such runs.
-#[derive(Clone, Debug)]
-pub struct Built {
-    /// QEMU.
-    pub emulator: Emulator,
-    /// What starts the guest.
-    pub loader: PathBuf,
-    /// The test guest.
-    pub guest: PathBuf,
-    /// The image that knows Xen.
-    pub rom: PathBuf,
-}
-
-/// Builds loader, guest and image.
-///
-/// # Errors
-///
-/// Something that the build needs is missing, or the build fails.
-pub fn build_all(findings: &Findings) -> Result<Built> {
-    let tools = Tools::from_findings(findings)?;
-    let emulator = toolchain::long_mode_emulator()
-        .map_err(anyhow::Error::msg)
-        .context("no QEMU with long mode; `cargo xtask setup` says how to get it")?;
-    let slots = [build::rom(&tools, Form::Slots13_0)?, build::rom(&tools, Form::Slots13_3)?];
-    let links = link::all(&tools, &slots)?;
-    Ok(Built {
-        emulator,
-        loader: build::xen_loader(&tools)?,
-        guest: build::guest(&tools, &links)?,
-        rom: build::rom(&tools, Form::Hypervisors)?.path,
-    })
-}
-
-/// Builds loader, guest and image, once in this process.
-///
-/// # Errors
-///
-/// As [`build_all`]; the same answer each time.
-pub fn ensure() -> Result<&'static Built> {
-    static BUILT: OnceLock<Result<Built, String>> = OnceLock::new();
-    BUILT
-        .get_or_init(|| build_all(&Findings::gather()).map_err(|error| format!("{error:#}")))
-        .as_ref()
-        .map_err(|error| anyhow::anyhow!("{error}"))
-}
-
 /// The guest on Xen.
 #[derive(Clone, Debug)]
 pub struct Setup<'a> {
-    /// What is run.
-    pub built: &'a Built,
+    /// What it is given.
+    pub supply: Supply<'a>,
     /// The hypervisor.
     pub xen: &'a Xen,
-    /// Another image instead of ours.
-    pub rom: Option<&'a Path>,
     /// Count instructions, Xen's too, and have the guest say what changes cost; Reboot is left out then.
     pub costs: bool,
-    /// How long the run may take.
-    pub limit: Duration,
 }
 
 /// What came of a run on Xen.
@@ -115,8 +62,8 @@ impl Hosted {
 impl Setup<'_> {
     /// The machine; Xen's console goes into a file.
     fn machine(&self, console: &Path) -> Result<Machine> {
-        let rom = self.rom.unwrap_or(&self.built.rom);
-        let module = |path: &Path, words: &str| Module { path: path.into(), words: words.into() };
+        let Supply { built, rom, limit } = self.supply;
+        let rom = rom.unwrap_or(&built.hypervisors);
         let has_banner =
             build::read(rom)?.windows(BANNER.len()).any(|part| part == BANNER.as_bytes());
         let mut port = std::ffi::OsString::from("file:");
@@ -134,14 +81,14 @@ impl Setup<'_> {
             roms: vec![Attachment::OptionRom(rom.to_owned())],
             kernel: Some(self.xen.path.clone()),
             // What follows the loader's name is the guest's command line.
-            modules: vec![module(&self.built.loader, words), module(&self.built.guest, "")],
+            modules: vec![Module::new(&built.xen_loader, words), Module::new(&built.guest, "")],
             append: Some(COMMAND_LINE.into()),
             // An alarm comes after so many instructions, however busy the host is. Where costs are counted, time is steady too.
             steady_time: !self.costs,
             extra,
             // The guest tests Reboot, and after a crash says in which call it was.
             no_reboot: false,
-            limit: self.limit,
+            limit,
             banner: has_banner.then(|| BANNER.into()),
             ..Machine::default()
         })
@@ -156,7 +103,8 @@ impl Setup<'_> {
         let folder = tempfile::tempdir().context("cannot make a folder for Xen's console")?;
         let console = folder.path().join("console");
         let machine = self.machine(&console)?;
-        let mut run = machine.follow(&self.built.emulator, progress).context("Xen was not run")?;
+        let mut run =
+            machine.follow(&self.supply.built.emulator, progress).context("Xen was not run")?;
         // QEMU ended before it made the file.
         run.host = std::fs::read(&console)
             .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())

@@ -1,4 +1,4 @@
-//! What a script sees of `inspect`, `verify` and `diff`: status, the two streams, no colour.
+//! What a script sees of `inspect`, `verify`, `diff`, and of a `run` that is refused: status, the two streams, no colour.
 
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -245,4 +245,44 @@ fn one_fault_among_several_roms_is_a_fault() {
     assert!(said.contains("address 20000h is not in what was read"), "{said}");
     let said = ends(&run(&[&"verify", &file, &"--at", &"0x1000"]), 2);
     assert!(said.contains("address 1000h: not a VMI ROM"), "{said}");
+}
+
+#[test]
+fn run_refuses_what_its_host_does_not_take() {
+    for (option, value, host) in [
+        ("--mode", "trap", "run --on xen"),
+        ("--xen", "debug", "run --on reference"),
+        ("--rom", "FILE", "run --on kvm --kernel FILE"),
+        ("--trace", "FILE", "run"),
+        ("--paging", "nested", "run --on all"),
+    ] {
+        let mut words: Vec<&dyn AsRef<std::ffi::OsStr>> = Vec::new();
+        let host_words: Vec<&str> = host.split(' ').collect();
+        words.extend(host_words.iter().map(|word| word as &dyn AsRef<std::ffi::OsStr>));
+        words.extend([&option as &dyn AsRef<std::ffi::OsStr>, &value]);
+        let said = ends(&run(&words), 2);
+        let wanted = format!("error: {option} does not go with `{host}`, but with `run");
+        assert!(said.starts_with(&wanted), "{said}");
+    }
+}
+
+#[test]
+fn run_and_compare_refuse_what_is_no_rom() {
+    let (_folder, unreadable) = unreadable();
+    let is_plain = |words: &str| {
+        ["cannot", "0 bytes", "100 bytes", "neither"].iter().any(|start| words.starts_with(start))
+    };
+    for (file, words) in unreadable.iter().filter(|(_, words)| is_plain(words)) {
+        for more in [&[][..], &["--on", "reference"], &["--on", "xen"], &["--on", "all"]] {
+            let mut line: Vec<&dyn AsRef<std::ffi::OsStr>> = vec![&"run", &"--rom", file];
+            line.extend(more.iter().map(|word| word as &dyn AsRef<std::ffi::OsStr>));
+            let output = run(&line);
+            assert_eq!(output.status.code(), Some(1), "{output:?}");
+            let said = text(&output.stderr);
+            assert!(said.starts_with("error: ") && said.contains(words), "{words}: {said}");
+        }
+        let output = run(&[&"compare", &"--kernel", &good(), &"--rom", file]);
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        assert!(text(&output.stderr).contains(words), "{output:?}");
+    }
 }

@@ -215,14 +215,7 @@ impl Space {
             space.map(ALIAS + address - ROM_AREA.start, address, 0);
         }
         space.map(VIRTUAL_8086, VIRTUAL_8086, WRITE | USER);
-        space.map(USER_CODE, physical(&raw const USER_CODE_FRAME), USER);
-        space.map(
-            USER_CODE + PAGE,
-            physical(&raw const USER_STACK_FRAME),
-            WRITE | USER | NO_EXECUTE,
-        );
-        space.map(TEST_AREA, 0, 0);
-        space.store(space.entry(TEST_AREA), 0);
+        space.map_own();
         space
     }
 
@@ -233,15 +226,20 @@ impl Space {
         for linear in text().step_by(PAGE as usize) {
             space.store(space.entry(linear), space.make(physical(linear as *const u8), 0));
         }
-        space.map(USER_CODE, physical(&raw const USER_CODE_FRAME), USER);
-        space.map(
+        space.map_own();
+        space
+    }
+
+    /// Maps what each space has: code and stack of a process, and a table for the pages that tests map.
+    fn map_own(self) {
+        self.map(USER_CODE, physical(&raw const USER_CODE_FRAME), USER);
+        self.map(
             USER_CODE + PAGE,
             physical(&raw const USER_STACK_FRAME),
             WRITE | USER | NO_EXECUTE,
         );
-        space.map(TEST_AREA, 0, 0);
-        space.store(space.entry(TEST_AREA), 0);
-        space
+        self.map(TEST_AREA, 0, 0);
+        self.store(self.entry(TEST_AREA), 0);
     }
 
     /// The space that the processor is in.

@@ -1,7 +1,9 @@
 //! Boots of Linux side by side: what `run --kernel` and `compare` share.
 
+use crate::artifacts;
 use crate::build::Tools;
 use crate::hypervisor::{self, End, Mode, PREFIX, Paging};
+use crate::inspect::Rom;
 use crate::linux::{self, Below, Boot, Booted};
 use crate::progress::Progress;
 use crate::table::{Align, BAD, Cell, DIM, GOOD, HEAD, Table};
@@ -21,23 +23,21 @@ use vmi_hv_backend::reference::interface::Counters;
 pub(super) struct GuestOptions {
     /// Its initramfs, instead of ours with a program that tests the kernel. Then only the end counts: QEMU's exit device, or on the
     /// hypervisor that the machine is switched off.
-    #[arg(long, value_name = "FILE", requires = "kernel")]
+    #[arg(long, value_name = "FILE")]
     pub(super) initrd: Option<PathBuf>,
     /// More words for its command line.
-    #[arg(
-        long,
-        value_name = "WORDS",
-        default_value = "",
-        requires = "kernel",
-        allow_hyphen_values = true
-    )]
+    #[arg(long, value_name = "WORDS", default_value = "", allow_hyphen_values = true)]
     pub(super) append: String,
 }
 
 impl GuestOptions {
     /// Fails if the kernel or its initramfs is not there.
     pub(super) fn files_are_there(&self, kernel: &Path) -> Result<()> {
-        are_there([Some(kernel), self.initrd.as_deref()])
+        let mut files = [Some(kernel), self.initrd.as_deref()].into_iter().flatten();
+        match files.find(|file| !file.is_file()) {
+            Some(file) => bail!("there is no file {}", file.display()),
+            None => Ok(()),
+        }
     }
 
     /// The initramfs: the user's, or ours.
@@ -49,12 +49,9 @@ impl GuestOptions {
     }
 }
 
-/// Fails if a file is not there.
-fn are_there<const N: usize>(files: [Option<&Path>; N]) -> Result<()> {
-    match files.into_iter().flatten().find(|file| !file.is_file()) {
-        Some(file) => bail!("there is no file {}", file.display()),
-        None => Ok(()),
-    }
+/// Fails if a file is not there, or has nothing of a ROM.
+pub(super) fn is_a_rom(file: &Path) -> Result<()> {
+    Rom::parse(&build::read(file)?).map(drop).with_context(|| file.display().to_string())
 }
 
 /// What is booted, and what is wanted of it.
@@ -143,9 +140,8 @@ type Named = (&'static str, Booted);
 pub(super) fn boot_all(findings: &Findings, order: &Order<'_>) -> Result<ExitCode> {
     let Order { kernel, guest, .. } = order;
     guest.files_are_there(kernel)?;
-    are_there([order.rom])?;
     let trace = TraceFile::create(order.trace)?;
-    let built = hypervisor::build_all(findings)?;
+    let built = artifacts::build_hosting(findings)?;
     let initrd = guest.initramfs(findings)?;
     let mut boots: Vec<Named> = Vec::new();
     for mode in &order.modes {

@@ -30,7 +30,7 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
     /// Seconds that each boot may take.
-    #[arg(long, default_value_t = 300)]
+    #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..))]
     limit: u64,
     /// Print the results as JSON.
     #[arg(long)]
@@ -46,6 +46,9 @@ pub struct Args {
 ///
 /// As [`boots::boot_all`].
 pub fn run(args: &Args) -> Result<ExitCode> {
+    if let Some(rom) = &args.rom {
+        boots::is_a_rom(rom)?;
+    }
     let findings = super::setup::provide(Need::RUN)?;
     let order = Order {
         kernel: &args.kernel,

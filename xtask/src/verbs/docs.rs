@@ -1,37 +1,42 @@
 //! `cargo xtask docs`.
 
-use crate::reference::{PATH, page};
+use crate::reference;
+use crate::verbs::run::options::{self, PATH};
 use anyhow::{Context, Result};
 use std::process::ExitCode;
 
-/// Writes docs/calls.md from the declaration of the calls.
+/// Writes what the docs have from the code: the calls, and the options of `run`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Write nothing; fail if the page is stale.
+    /// Write nothing; fail if a page is stale.
     #[arg(long)]
     check: bool,
 }
 
-/// Writes the page, or compares it.
+/// Writes the pages, or compares them.
 ///
 /// # Errors
 ///
-/// The page cannot be written.
+/// A page cannot be read or written.
 pub fn run(args: &Args) -> Result<ExitCode> {
-    let path = crate::workspace().join(PATH);
-    let page = page();
-    let is_fresh = std::fs::read_to_string(&path).is_ok_and(|there| there == page);
-    match (is_fresh, args.check) {
-        (true, _) => anstream::println!("{PATH} is as the declaration has it"),
-        (false, true) => {
-            anstream::eprintln!("{PATH} is stale: `cargo xtask docs` writes it anew");
-            return Ok(ExitCode::FAILURE);
-        }
-        (false, false) => {
-            std::fs::write(&path, page)
-                .with_context(|| format!("cannot write {}", path.display()))?;
-            anstream::println!("{PATH} written");
+    let there =
+        |name: &str| std::fs::read_to_string(crate::workspace().join(name)).unwrap_or_default();
+    let options = options::page(&there(PATH))
+        .with_context(|| format!("{PATH} has no place for the options"))?;
+    let mut code = ExitCode::SUCCESS;
+    for (name, page) in [(reference::PATH, reference::page()), (PATH, options)] {
+        match (there(name) == page, args.check) {
+            (true, _) => anstream::println!("{name} is as the code has it"),
+            (false, true) => {
+                anstream::eprintln!("{name} is stale: `cargo xtask docs` writes it anew");
+                code = ExitCode::FAILURE;
+            }
+            (false, false) => {
+                std::fs::write(crate::workspace().join(name), page)
+                    .with_context(|| format!("cannot write {name}"))?;
+                anstream::println!("{name} written");
+            }
         }
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(code)
 }

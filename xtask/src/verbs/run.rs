@@ -3,19 +3,20 @@
 mod all;
 mod kvm;
 mod linux;
+pub mod options;
 mod reference;
 mod xen;
 
 use crate::artifacts::{self, Artifacts};
 use crate::conformance::{self, CallSummary, Client, Conformance, Cost, Subject};
 use crate::progress::Progress;
-use crate::qemu::{Attachment, Machine, Model};
+use crate::qemu::{Attachment, Machine, Model, printable};
 use crate::table::{Align, BAD, Cell, DIM, GOOD, HEAD, Table};
 use crate::tap::Verdict;
 use crate::toolchain::Need;
-use crate::verbs::boots::shows;
+use crate::verbs::boots::{self, shows};
 use anyhow::{Result, bail};
-use reference::Host;
+use options::Host;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -26,6 +27,7 @@ use std::time::Duration;
 /// become native code where they are called, and with the one that answers CALL_REL wherever it may.
 /// Succeeds only if every check holds.
 #[derive(Debug, clap::Args)]
+#[command(after_help = options::help())]
 pub struct Args {
     /// Try this ROM instead of ours, of any revision that there are kernels for.
     #[arg(long, value_name = "FILE")]
@@ -52,14 +54,13 @@ pub struct Args {
     #[arg(long)]
     bar: bool,
     /// Processors; the guest runs on the first.
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=255))]
     processors: u32,
-
     /// Memory in MiB.
     #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(16..=2047))]
     memory: u32,
     /// Seconds that each boot may take: 60, or 300 on a hypervisor and for Linux, if not given.
-    #[arg(long)]
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
     limit: Option<u64>,
     /// Print the results as JSON.
     #[arg(long)]
@@ -84,8 +85,25 @@ impl Args {
 
 /// What was tried, and what came of it.
 struct Tried {
-    subject: Subject,
+    /// What it is called: the ROM, or where it was tried.
+    name: String,
+    /// The ROM; none if it is what is linked into the guest.
+    rom: Option<PathBuf>,
+    /// As which kind of guest.
+    client: Client,
+    /// What the guest said.
     result: Conformance,
+    /// Why it did not pass, by what the guest or its host said; nothing if it did.
+    complaint: Option<String>,
+}
+
+impl Tried {
+    /// A ROM, or what is linked into the guest, under its own name.
+    fn of(subject: &Subject, result: Conformance) -> Self {
+        let rom = subject.rom.as_ref().map(|rom| rom.path().to_owned());
+        let complaint = result.complaint();
+        Self { name: subject.name(), rom, client: subject.client, result, complaint }
+    }
 }
 
 /// What the user wants to have tried.
@@ -115,10 +133,16 @@ fn subjects(args: &Args, built: &Artifacts) -> Result<Vec<Subject>> {
 ///
 /// Something is missing, the build fails, or QEMU does not start.
 pub fn run(args: &Args) -> Result<ExitCode> {
+    if let Some(rom) = &args.rom {
+        boots::is_a_rom(rom)?;
+    }
     let findings = super::setup::provide(Need::RUN)?;
     match (args.reference.on, &args.linux.kernel) {
-        (Some(Host::Kvm), _) => return kvm::run(&findings, args),
-        (Some(Host::Xen | Host::All), Some(_)) => bail!("Linux is not for Xen: no --kernel there"),
+        (Some(Host::Kvm), Some(kernel)) => return kvm::run(&findings, args, kernel),
+        // Options were checked.
+        (Some(Host::Kvm), None) | (Some(Host::Xen | Host::All), Some(_)) => {
+            bail!("there is no such run")
+        }
         (Some(Host::Xen), None) => return xen::run(&findings, args),
         (Some(Host::All), None) => return all::run(&findings, args),
         (None | Some(Host::Reference), Some(kernel)) => return linux::run(&findings, args, kernel),
@@ -147,10 +171,10 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         let show = shows(args.verbose, &progress);
         let result = conformance::check(&built.emulator, &built.guest, &subject, &machine, show)?;
         drop(progress);
-        tried.push(Tried { subject, result });
+        tried.push(Tried::of(&subject, result));
     }
 
-    let passes = tried.iter().all(|tried| tried.result.complaint().is_none());
+    let passes = tried.iter().all(|tried| tried.complaint.is_none());
     if args.json {
         println!("{}", serde_json::to_string_pretty(&json(&tried))?);
     } else {
@@ -162,12 +186,12 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 /// Everything for a reader.
 fn text(tried: &[Tried], costs_wanted: bool) -> String {
     let mut text = if costs_wanted { cost_table(tried) } else { table(tried) };
-    for Tried { subject, result } in tried {
-        text.push_str(&failures(&subject.name(), result));
+    for Tried { name, result, .. } in tried {
+        text.push_str(&failures(name, result));
     }
     text.push('\n');
-    for Tried { subject, result } in tried {
-        text.push_str(&closing(&subject.name(), result));
+    for Tried { name, result, complaint, .. } in tried {
+        text.push_str(&closing(name, result, complaint.as_deref()));
     }
     text
 }
@@ -179,14 +203,14 @@ fn table(tried: &[Tried]) -> String {
     let mut titles = vec!["nr", "call"];
     for tried in tried {
         columns.extend([Align::Left, Align::Left, Align::Right, Align::Right]);
-        roms.extend([Cell::new(tried.subject.name(), HEAD), "".into(), "".into(), "".into()]);
+        roms.extend([Cell::new(&tried.name, HEAD), "".into(), "".into(), "".into()]);
         titles.extend(["answer", "verdict", "stack", "instructions"]);
     }
     let mut table = Table::new(&columns);
-    table.row(roms);
+    table.titles(roms);
     table.heading(&titles);
     // All that is tried at once is tried by one client.
-    let calls = tried.first().map(|tried| tried.subject.client.revision().calls());
+    let calls = tried.first().map(|tried| tried.client.revision().calls());
     for (index, (number, call)) in calls.into_iter().flatten().enumerate() {
         let mut row: Vec<Cell> = vec![number.to_string().into(), call.name.into()];
         for tried in tried {
@@ -207,11 +231,11 @@ fn cost_table(tried: &[Tried]) -> String {
     let mut titles = vec!["instructions of", "native"];
     for tried in tried {
         columns.extend([Align::Right, Align::Right]);
-        roms.extend(["".into(), Cell::new(tried.subject.name(), HEAD)]);
+        roms.extend(["".into(), Cell::new(&tried.name, HEAD)]);
         titles.extend(["with", "ratio"]);
     }
     let mut table = Table::new(&columns);
-    table.row(roms);
+    table.titles(roms);
     table.heading(&titles);
     let first = tried.first().map(|tried| tried.result.costs.as_slice()).unwrap_or_default();
     for (index, Cost { operation, native, .. }) in first.iter().enumerate() {
@@ -281,9 +305,11 @@ fn failures(name: &str, result: &Conformance) -> String {
     if result.report.closing.is_none() {
         let lines: Vec<&str> =
             result.run.serial.lines().filter(|line| !line.trim().is_empty()).collect();
-        text.push_str("  the last lines on the serial port:\n");
+        if !lines.is_empty() {
+            text.push_str("  the last lines on the serial port:\n");
+        }
         for line in &lines[lines.len().saturating_sub(10)..] {
-            text.push_str(&format!("    {}\n", line.escape_debug()));
+            text.push_str(&format!("    {}\n", printable(line)));
         }
         text.push_str(&format!("  {}\n", result.run.command));
     }
@@ -291,7 +317,7 @@ fn failures(name: &str, result: &Conformance) -> String {
 }
 
 /// The last word on a ROM.
-fn closing(name: &str, result: &Conformance) -> String {
+fn closing(name: &str, result: &Conformance, complaint: Option<&str>) -> String {
     let count = |verdict| {
         result.calls.iter().filter(|call| call.verdict == verdict && !call.is_native()).count()
     };
@@ -304,7 +330,7 @@ fn closing(name: &str, result: &Conformance) -> String {
         count(Some(Verdict::Ok)) + count(Some(Verdict::Fail)),
         result.calls.iter().filter(|call| call.verdict == Some(Verdict::Fail)).count(),
     );
-    match result.complaint() {
+    match complaint {
         None => format!("{}{name} passes{}: {figures}\n", GOOD.render(), GOOD.render_reset()),
         Some(complaint) => {
             format!("{}{name} FAILS{}: {complaint}; {figures}\n", BAD.render(), BAD.render_reset())
@@ -316,12 +342,13 @@ fn closing(name: &str, result: &Conformance) -> String {
 fn json(tried: &[Tried]) -> serde_json::Value {
     let roms: Vec<serde_json::Value> = tried
         .iter()
-        .map(|Tried { subject, result }| {
+        .map(|Tried { name, rom, client, result, complaint }| {
             serde_json::json!({
-                "path": subject.rom.as_ref().map(|rom| rom.path()),
-                "client": subject.client,
-                "passes": result.complaint().is_none(),
-                "complaint": result.complaint(),
+                "name": name,
+                "path": rom,
+                "client": client,
+                "passes": complaint.is_none(),
+                "complaint": complaint,
                 "seconds": result.run.duration.as_secs_f64(),
                 "command": result.run.command,
                 "calls": result.calls,

@@ -1,17 +1,18 @@
 //! `cargo xtask run --on all`.
 
-use super::{Tried, closing, failures, json, table};
+use super::{Tried, json, text};
+use crate::artifacts;
 use crate::build;
 use crate::conformance::{self, Client, Conformance, Subject};
-use crate::hypervisor::{self, Mode, Paging, Task};
+use crate::hypervisor::{self, Mode, Paging, Supply, Task};
 use crate::progress::Progress;
 use crate::qemu::{Attachment, Machine};
 use crate::toolchain::Findings;
 use crate::verbs::boots::shows;
 use crate::xen;
-use anyhow::{Result, bail};
+use anyhow::Result;
 use sha2::{Digest, Sha256};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 
 /// One guest and one image, on bare hardware, on the reference hypervisor and on Xen.
@@ -20,25 +21,15 @@ use std::process::ExitCode;
 ///
 /// Something is missing, the build fails, or QEMU does not start.
 pub(super) fn run(findings: &Findings, all: &super::Args) -> Result<ExitCode> {
-    if all.costs || all.reference.task() != Task::Conformance {
-        bail!("--costs, --workload and --hostile are for one platform at a time");
-    }
-    if let Some(rom) = &all.rom {
-        build::read(rom)?;
-    }
     let xen = crate::verbs::setup::xen(all.reference.xen)?;
-    // Both build the same guest.
-    let below = hypervisor::build_all(findings)?;
-    let built = xen::build_all(findings)?;
-    let rom = all.rom.as_deref().unwrap_or(&built.rom);
+    let built = artifacts::build_hosting(findings)?;
+    let rom = all.rom.as_deref().unwrap_or(&built.hypervisors);
     let limit = all.limit();
-    let mut complaints = Vec::new();
+    let supply = Supply { built: &built, rom: Some(rom), limit };
     let mut tried = Vec::new();
     let mut add = |name: &str, result: Conformance, complaint: Option<String>| {
-        complaints.extend(complaint.map(|complaint| format!("{name}: {complaint}")));
-        // What it is called is the platform.
-        let rom = Some(Attachment::OptionRom(PathBuf::from(name)));
-        tried.push(Tried { subject: Subject { rom, client: Client::Lookup }, result });
+        let (name, rom) = (name.to_owned(), Some(rom.to_owned()));
+        tried.push(Tried { name, rom, client: Client::Lookup, result, complaint });
     };
 
     let progress = Progress::start("running the guest on bare hardware");
@@ -53,40 +44,30 @@ pub(super) fn run(findings: &Findings, all: &super::Args) -> Result<ExitCode> {
 
     let progress = Progress::start("running the guest on the reference hypervisor");
     let (mode, paging) = (Mode::VmiBatched, Paging::Shadow);
-    let setup =
-        hypervisor::Setup { built: &below, rom: Some(rom), mode, paging, limit, traced: false };
+    let setup = hypervisor::Setup { supply, mode, paging, traced: false };
     let hosted = setup.run(Task::Conformance, shows(all.verbose, &progress))?;
     drop(progress);
     let complaint = hosted.complaint();
     add("reference", hosted.conformance, complaint);
 
     let progress = Progress::start(format!("running the guest on Xen {}", xen.version));
-    let setup = xen::Setup { built: &built, xen: &xen, rom: Some(rom), costs: false, limit };
+    let setup = xen::Setup { supply, xen: &xen, costs: false };
     let hosted = setup.run(shows(all.verbose, &progress))?;
     drop(progress);
     let complaint = hosted.complaint();
     add("xen", hosted.conformance, complaint);
 
+    let passes = tried.iter().all(|tried| tried.complaint.is_none());
     if all.json {
         println!("{}", serde_json::to_string_pretty(&json(&tried))?);
     } else {
-        let mut text = table(&tried);
-        for Tried { subject, result } in &tried {
-            text.push_str(&failures(&subject.name(), result));
-        }
-        text.push('\n');
-        for Tried { subject, result } in &tried {
-            text.push_str(&closing(&subject.name(), result));
-        }
-        for complaint in &complaints {
-            text.push_str(&format!("{complaint}\n"));
-        }
+        let mut text = text(&tried, false);
         for path in [built.guest.as_path(), rom] {
             text.push_str(&format!("{} has the sha-256 {}\n", build::shown(path), sum(path)?));
         }
         anstream::print!("{text}");
     }
-    Ok(if complaints.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if passes { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// The sum of a file.

@@ -12,7 +12,6 @@ pub(super) struct LinuxOptions {
     /// Boot this Linux kernel, a 32-bit bzImage, instead of the test guest: on the hypervisor given by `--on`, or without on the
     /// machine itself.
     #[arg(long, value_name = "FILE")]
-    #[arg(conflicts_with_all = ["no_rom", "bar", "client", "machine", "cpu", "processors", "memory", "costs", "workload", "hostile", "end"])]
     pub(super) kernel: Option<PathBuf>,
     #[command(flatten)]
     pub(super) guest: GuestOptions,

@@ -1,32 +1,21 @@
 //! `cargo xtask run --on reference`.
 
-use super::{Tried, closing, failures, table};
-use crate::build;
-use crate::conformance::{Client, Subject};
-use crate::hypervisor::{self, Comparison, Fate, Hosted, Mode, Paging, Setup, Task, last_words};
+use super::options::Host;
+use super::{Tried, failures};
+use crate::artifacts;
+use crate::conformance::Client;
+use crate::hypervisor::{
+    self, Comparison, Fate, Hosted, Mode, Paging, Setup, Supply, Task, last_words,
+};
 use crate::progress::Progress;
-use crate::qemu::Attachment;
 use crate::table::{Align, BAD, Cell, DIM, GOOD, HEAD, Table};
 use crate::tap::{self, WorkloadLine};
 use crate::toolchain::Findings;
 use crate::verbs::boots::{TraceFile, shows};
 use crate::xen::source::Build;
-use anyhow::{Result, bail};
+use anyhow::Result;
 use std::path::PathBuf;
 use std::process::ExitCode;
-
-/// What is run below the guest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub(super) enum Host {
-    /// The reference hypervisor.
-    Reference,
-    /// KVM, itself in QEMU's translator: Linux only, to compare with. `setup --kvm` gets its kernel.
-    Kvm,
-    /// Xen, as a guest with paravirtualization; what there is not yet of it, is built first.
-    Xen,
-    /// One image and one guest on bare hardware, on the reference hypervisor in batches, and on Xen.
-    All,
-}
 
 /// The hypervisor's modes that are tried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -46,30 +35,29 @@ enum Modes {
 pub(super) struct Options {
     /// Run the guest on a hypervisor.
     #[arg(long, value_enum, value_name = "HYPERVISOR")]
-    #[arg(conflicts_with_all = ["no_rom", "bar", "client", "machine", "cpu", "processors", "memory"])]
     pub(super) on: Option<Host>,
     /// Which Xen, built by `setup --xen`.
-    #[arg(long, value_enum, value_name = "BUILD", default_value_t, requires = "on")]
+    #[arg(long, value_enum, value_name = "BUILD", default_value_t)]
     pub(super) xen: Build,
     /// The reference hypervisor's mode.
-    #[arg(long, value_enum, default_value_t = Modes::All, requires = "on")]
+    #[arg(long, value_enum, default_value_t = Modes::All)]
     mode: Modes,
     /// The hypervisor's paging.
-    #[arg(long, value_enum, default_value_t, requires = "on")]
+    #[arg(long, value_enum, default_value_t)]
     pub(super) paging: Paging,
     /// Let the guest work as a kernel does, and show what that costs.
-    #[arg(long, requires = "on")]
+    #[arg(long)]
     workload: bool,
     /// Let the guest try what no guest should.
-    #[arg(long, requires = "on", conflicts_with = "workload")]
+    #[arg(long, conflicts_with = "workload")]
     hostile: bool,
     /// Let the guest come to a bad end, and show what the hypervisor says of it.
-    #[arg(long, value_enum, value_name = "FATE", requires = "on")]
+    #[arg(long, value_enum, value_name = "FATE")]
     #[arg(conflicts_with_all = ["workload", "hostile"])]
     end: Option<Fate>,
     /// Write what happened when, for Perfetto or chrome://tracing: a process for each mode. If the name ends in `.svg`, draw it instead: a
     /// panel for each mode.
-    #[arg(long, value_name = "FILE", requires = "on")]
+    #[arg(long, value_name = "FILE")]
     pub(super) trace: Option<PathBuf>,
 }
 
@@ -99,26 +87,14 @@ impl Options {
 ///
 /// The ROM cannot be read, the build fails, or QEMU does not start.
 pub(super) fn run(findings: &Findings, all: &super::Args) -> Result<ExitCode> {
-    if all.costs {
-        bail!("--costs is for bare hardware and for Xen; here --workload counts exits");
-    }
     let args = &all.reference;
-    if let Some(rom) = &all.rom {
-        build::read(rom)?;
-    }
     let trace = TraceFile::create(args.trace.as_deref())?;
-    let built = hypervisor::build_all(findings)?;
+    let built = artifacts::build_hosting(findings)?;
+    let supply = Supply { built: &built, rom: all.rom.as_deref(), limit: all.limit() };
     let mut runs = Vec::new();
     for mode in args.modes() {
         let progress = Progress::start(format!("running the guest, mode {}", mode.name()));
-        let setup = Setup {
-            built: &built,
-            rom: all.rom.as_deref(),
-            mode,
-            paging: args.paging,
-            limit: all.limit(),
-            traced: trace.is_some(),
-        };
+        let setup = Setup { supply, mode, paging: args.paging, traced: trace.is_some() };
         runs.push(setup.run(args.task(), shows(all.verbose, &progress))?);
     }
     if let Some(trace) = trace {
@@ -178,23 +154,15 @@ fn conformance_text(runs: Vec<Hosted>) -> String {
         runs.iter().filter(|run| run.complaint().is_some()).map(words).collect();
     let tried: Vec<Tried> = runs
         .into_iter()
-        .map(|run| {
-            // What it is called is the mode.
-            let name = PathBuf::from(run.mode.name());
-            let subject =
-                Subject { rom: Some(Attachment::OptionRom(name)), client: Client::Lookup };
-            Tried { subject, result: run.conformance }
+        .map(|run| Tried {
+            name: run.mode.name().into(),
+            rom: None,
+            client: Client::Lookup,
+            complaint: run.complaint(),
+            result: run.conformance,
         })
         .collect();
-    let mut text = table(&tried);
-    for Tried { subject, result } in &tried {
-        text.push_str(&failures(&subject.name(), result));
-    }
-    text.push('\n');
-    for Tried { subject, result } in &tried {
-        text.push_str(&closing(&subject.name(), result));
-    }
-    text + &complaints
+    super::text(&tried, false) + &complaints
 }
 
 /// How a run that failed ended, and what the hypervisor said last.
