@@ -6,14 +6,31 @@
 use anyhow::{Context, Result, ensure};
 use iced_x86::code_asm::CodeAssembler;
 use object::{Object, ObjectSymbol};
+use std::mem::offset_of;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
-use vmi_abi::header::LENGTH_UNIT;
+use vmi_abi::header::{LENGTH_UNIT, checksum};
 use vmi_abi::{CallNumber, RelocationInfo, RelocationType};
+use vmi_hv_backend::reference::interface::{GRANT_OFFSET, Grant};
 use vmi_native_backend::binding::SiteRule;
 use xtask::conformance::Conformance;
 use xtask::image;
+
+/// An image as somebody leaves it who grants it memory at this distance.
+///
+/// # Panics
+///
+/// It is shorter than an image is.
+#[must_use]
+pub fn placed(image: &[u8], distance: u32) -> Vec<u8> {
+    let mut bytes = image.to_vec();
+    let at = GRANT_OFFSET + offset_of!(Grant, distance);
+    bytes[at..at + 4].copy_from_slice(&distance.to_le_bytes());
+    let last = bytes.len() - 1;
+    bytes[last] = bytes[last].wrapping_sub(checksum(&bytes));
+    bytes
+}
 
 /// An image that can be taken apart: its bytes, and where its relocation table is.
 pub struct Specimen {

@@ -8,12 +8,13 @@ use vmi_abi::flags::{EntryFlags, LazyMode};
 use vmi_abi::header::{RomHeader, checksum};
 use vmi_abi::{CALLS_3_0, CallNumber, REVISION_3_0, RelocationType, STACK_LIMIT, number, probe};
 use vmi_hv_backend::reference::interface::{
-    BASE, BATCH_LIMIT, Features, GRANT_OFFSET, GRANT_SIGNATURE, Grant, Hypercall, LEAF_GRANT,
+    BASE, BATCH_LIMIT, Features, GRANT_OFFSET, GRANT_SIGNATURE, Hypercall, LEAF_GRANT,
     LEAF_INTERFACE, PHYSICAL, SIGNATURE, Status, VERSION,
 };
 use vmi_hv_backend::reference::{Reference, Unfit};
 use vmi_hv_backend::{ATTEMPTS, Update};
 use vmi_native_backend::binding::{Bind, SiteRule, answer, least_rule};
+use vmi_tests::placed;
 use xtask::artifacts;
 use xtask::inspect::machine::{Code, Machine, Memory, Region, Registers, Stop};
 use xtask::inspect::random::Random;
@@ -64,16 +65,6 @@ fn image() -> Result<Vec<u8>> {
 
 fn word(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
-}
-
-/// The image as somebody leaves it who grants it memory at this distance.
-fn placed(distance: u32) -> Result<Vec<u8>> {
-    let mut bytes = image()?;
-    let at = GRANT_OFFSET + offset_of!(Grant, distance);
-    bytes[at..at + 4].copy_from_slice(&distance.to_le_bytes());
-    let last = bytes.len() - 1;
-    bytes[last] = bytes[last].wrapping_sub(checksum(&bytes));
-    Ok(bytes)
 }
 
 /// CPUID of the hypervisor that the image is for.
@@ -139,7 +130,7 @@ impl Guest {
 
     fn placed(leaves: BTreeMap<u32, [u32; 4]>) -> Result<Self> {
         Ok(Self {
-            image: placed(PAGE - IMAGE)?,
+            image: placed(&image()?, PAGE - IMAGE),
             page: vec![0; Reference::MEMORY as usize],
             table: vec![0; 4096],
             leaves,

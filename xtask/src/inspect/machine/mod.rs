@@ -421,6 +421,8 @@ pub struct Machine<'a> {
     pub stack_top: u32,
     /// Selectors that stand for flat segments.
     pub flat: Vec<u16>,
+    /// The ring that the code runs in. What is privileged it may do there as in ring 0: somebody else does it.
+    pub ring: u32,
     entry_esp: u32,
     lowest: u32,
     shadow: bool,
@@ -448,6 +450,7 @@ impl<'a> Machine<'a> {
             watch: None,
             stack_top: u32::MAX,
             flat: Vec::new(),
+            ring: 0,
             entry_esp: esp,
             lowest: esp,
             shadow: false,
@@ -490,7 +493,7 @@ impl<'a> Machine<'a> {
     }
 
     fn step(&mut self) -> Result<(), Stop> {
-        if self.registers.ring() != 0 {
+        if self.registers.ring() != self.ring {
             return Err(Stop::Left);
         }
         let offset = self.memory.offset_of(self.registers.eip);
