@@ -25,6 +25,12 @@ struct Guest {
     nested: bool,
 }
 
+impl Drop for Guest {
+    fn drop(&mut self) {
+        crate::shadow::machine::give_back(&mut self.shadow);
+    }
+}
+
 impl Guest {
     fn new(pae: bool, nested: bool) -> Self {
         let ram = Ram::new();

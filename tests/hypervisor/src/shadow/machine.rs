@@ -9,6 +9,7 @@ use crate::walk::{
 };
 use std::boxed::Box;
 use std::cell::RefCell;
+use std::mem::take;
 use std::vec;
 use std::vec::Vec;
 
@@ -81,14 +82,36 @@ pub(crate) fn is_hidden(frame: u64) -> bool {
     (HIDDEN..NOTHING).contains(&frame)
 }
 
+/// Pool, slots and frames of a shadow.
+type Lent = (&'static mut [Page], &'static mut [Slot], &'static mut [Frame]);
+
+std::thread_local! {
+    /// What shadows gave back. Memory that lives for ever is never freed, but can be lent again.
+    static IDLE: RefCell<Vec<Lent>> = const { RefCell::new(Vec::new()) };
+}
+
+/// A shadow with so many tables. [`give_back`] takes what it works with.
 pub(crate) fn shadow(tables: usize) -> Shadow<'static> {
-    Shadow::new(Storage {
-        pool: Box::leak(vec![Page([0xdead_beef; ENTRIES]); tables].into_boxed_slice()),
-        base: POOL * FRAME,
-        slots: Box::leak(vec![Slot::EMPTY; tables].into_boxed_slice()),
-        frames: Box::leak(vec![Frame::EMPTY; MEMORY as usize].into_boxed_slice()),
-        ones: ONES * FRAME,
-    })
+    let idle = IDLE.with_borrow_mut(|idle| {
+        let index = idle.iter().position(|(pool, ..)| pool.len() == tables)?;
+        Some(idle.swap_remove(index))
+    });
+    let (pool, slots, frames) = idle.unwrap_or_else(|| {
+        (
+            Box::leak(vec![Page([0; ENTRIES]); tables].into_boxed_slice()),
+            Box::leak(vec![Slot::EMPTY; tables].into_boxed_slice()),
+            Box::leak(vec![Frame::EMPTY; MEMORY as usize].into_boxed_slice()),
+        )
+    });
+    pool.fill(Page([0xdead_beef; ENTRIES]));
+    slots.fill(Slot::EMPTY);
+    Shadow::new(Storage { pool, base: POOL * FRAME, slots, frames, ones: ONES * FRAME })
+}
+
+/// Takes what a shadow works with, for the next one.
+pub(crate) fn give_back(shadow: &mut Shadow<'static>) {
+    let lent = (take(&mut shadow.pool), take(&mut shadow.slots), take(&mut shadow.frames));
+    IDLE.with_borrow_mut(|idle| idle.push(lent));
 }
 
 /// Two-level tables or PAE, with everything on.

@@ -144,6 +144,12 @@ struct World {
     watched_stores: u32,
 }
 
+impl Drop for World {
+    fn drop(&mut self) {
+        give_back(&mut self.shadow);
+    }
+}
+
 impl World {
     fn new(ram: Ram, registers: Registers, pool: usize) -> Self {
         let mut shadow = shadow(pool);
