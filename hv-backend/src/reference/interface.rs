@@ -52,6 +52,9 @@ pub const PHYSICAL: u32 = 1 << 6;
 /// The most updates that a batch may have, in version 1.0 without exception where [`Features::BATCH`] is set.
 pub const BATCH_LIMIT: u32 = 128;
 
+/// Words of a map of the frames that are tables.
+pub const MAP_WORDS: usize = 32;
+
 /// A hypercall's number, in EAX at VMMCALL.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]

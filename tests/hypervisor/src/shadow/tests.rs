@@ -1,6 +1,7 @@
 //! The shadow against the guest's own translation.
 
 mod late;
+pub(crate) mod quiet;
 
 use super::machine::*;
 use super::*;
