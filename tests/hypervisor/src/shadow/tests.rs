@@ -277,6 +277,7 @@ impl World {
             is_hidden,
             limit: 128,
             counters,
+            quiet: None,
         };
         let _ = machine.apply(updates);
     }

@@ -88,6 +88,7 @@ impl Host {
             is_hidden,
             limit: 128,
             counters,
+            quiet: None,
         };
         let undisguised = |update: Update| match update.call {
             number::AllocatePage => Update { address: update.address & !DISGUISE, ..update },
