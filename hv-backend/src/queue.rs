@@ -16,6 +16,11 @@
 //! again before that is told, because what was made of the old table is known by its frame. Leaving the mode MMU and GetCR2 flush nothing
 //! then, and SetCR3 in the mode CPU lets what is before it wait with it: leaving that mode is the load of CR3.
 //!
+//! **Quiet.** A hypervisor that leaves the guest its page faults does not find what became present. It shows in [`Queue::map`] which frames
+//! have tables that it has made something of. An entry of such a table that becomes present is told at once, or where the mode MMU is
+//! left in which it did; GetCR2 flushes if any entry of them waits, so that no page fault comes for ever. A table of which nothing was
+//! made cannot be used before an entry of another table leads to it, so its entries wait as before. Where the map is clear all is as above.
+//!
 //! **Coalescing.** An update replaces the one *directly* before it if both are the same call for the same place. Nothing is
 //! coalesced across a third update: with "clear A, set B, set A" neither of A's places in the order could be left
 //! out without showing the hypervisor a state of the tables that the guest never made, such as a page that is mapped writable by A
@@ -35,6 +40,7 @@
 //! not be written directly until a flush. That is the guest's part of the interface.
 
 use crate::backend::{Backend, Failure, InterruptMask, Reason, Refusal};
+use crate::reference::interface::MAP_WORDS;
 use crate::update::{Role, Update};
 use core::cell::Cell;
 use core::mem::offset_of;
@@ -44,6 +50,21 @@ use vmi_abi::{Call, number};
 
 /// How many times in a row an update is tried before the guest is stopped.
 pub const ATTEMPTS: u32 = 8;
+
+/// In an entry: present.
+const PRESENT: u32 = 1;
+
+/// How changes are told late: where page faults tell of some, and where they may not.
+const LATE: u32 = 1;
+const QUIET: u32 = 2;
+
+/// Which entries may be used at once: none in the mode MMU; outside of it those of the space that the guest is in, or perhaps any.
+const NONE_USED: u32 = CURRENT_USED + 1;
+const CURRENT_USED: u32 = EntryFlags::CURRENT_AS.bits();
+const ANY_USED: u32 = 0;
+
+/// The note of an update of an entry that the guest stored itself, with the present bit if it may have become present by that.
+pub const CHANGED: u32 = 2;
 
 /// Whether a test asked for a deliberate fault. Outside of tests there is none.
 macro_rules! faulty {
@@ -72,16 +93,18 @@ pub struct Queue<const CAPACITY: usize> {
     failures: Cell<u32>,
     /// [`LazyMode`].
     mode: Cell<u32>,
-    /// Not zero where changes may be told late.
+    /// Not zero where changes may be told late: [`LATE`] or [`QUIET`].
     late: Cell<u32>,
-    /// The flag of entries that then do not wait.
-    used_now: Cell<u32>,
+    /// Entries wait whose CURRENT_AS, as a number, is less: [`NONE_USED`], [`CURRENT_USED`] or [`ANY_USED`].
+    used_from: Cell<u32>,
     /// How many updates are in the queue.
     count: Cell<u32>,
     /// How many of them are applied already, from the front. Zero but for a flush, and after a stop.
     applied: Cell<u32>,
     /// Not zero once an update was refused for good.
     stopped: Cell<u32>,
+    /// The frames whose tables matter at once, a bit for each remainder of their numbers. The hypervisor stores it.
+    map: [Cell<u32>; MAP_WORDS],
     updates: [Cell<Update>; CAPACITY],
 }
 
@@ -103,10 +126,11 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
             failures: Cell::new(0),
             mode: Cell::new(LazyMode::OFF.0),
             late: Cell::new(0),
-            used_now: Cell::new(0),
+            used_from: Cell::new(0),
             count: Cell::new(0),
             applied: Cell::new(0),
             stopped: Cell::new(0),
+            map: [const { Cell::new(0) }; MAP_WORDS],
             updates: [const { Cell::new(Update::ZERO) }; CAPACITY],
         }
     }
@@ -153,9 +177,10 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
             && !faulty!(BeginsAnewUntold)
     }
 
-    /// From here on the guest's memory holds each change of an entry before its update is taken, and changes may be told late.
-    pub fn tell_late(&self) {
-        self.late.set(1);
+    /// From here on the guest's memory holds each change of an entry before its update is taken, and changes may be told late; `quiet`: the
+    /// hypervisor may leave the guest its page faults.
+    pub fn tell_late(&self, quiet: bool) {
+        self.late.set(if quiet { QUIET } else { LATE });
         self.enter(self.lazy_mode());
     }
 
@@ -166,19 +191,41 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
         self.late.get() != 0
     }
 
-    /// Whether a guest that looks at a page fault has to see what waits. Told late, all of it is in memory but a load of CR3.
+    /// The words that a hypervisor stores which leaves the guest its page faults.
+    #[must_use]
+    pub const fn map(&self) -> &[Cell<u32>; MAP_WORDS] {
+        &self.map
+    }
+
+    /// Whether an entry at this physical address may be one of a table that matters at once.
+    #[inline(always)]
+    fn is_mapped(&self, address: u32) -> bool {
+        let frame = address / 4096;
+        self.map[frame as usize / 32 % MAP_WORDS].get() >> (frame % 32) & 1 != 0
+    }
+
+    /// Whether an entry of such a table waits whose note has one of these bits.
+    fn is_missed(&self, bits: u32) -> bool {
+        self.pending().iter().any(|update| update.low & bits != 0 && self.is_mapped(update.address))
+    }
+
+    /// Whether a guest that looks at a page fault has to see what waits. Told late, all of it is in memory but a load of CR3; where the
+    /// processor found the fault without the hypervisor, that may not have been enough.
     #[inline(always)]
     #[must_use]
     pub fn matters_to_faults(&self) -> bool {
-        !self.is_late() || self.lazy_mode() == LazyMode::CPU && !faulty!(FaultsOvertakeSetCr3)
+        !self.is_late()
+            || self.lazy_mode() == LazyMode::CPU && !faulty!(FaultsOvertakeSetCr3)
+            || self.is_missed(!0) && !faulty!(FaultsOvertakeEntries)
     }
 
     /// Takes an update that tells late of a change: the guest's memory holds it, in the same section. Interrupts are off; `flush` as in
     /// [`Queue::submit_uninterrupted`].
     ///
-    /// `value`: the lower half of the new value, `flags`: the guest's. One kind of change does not wait. Where the guest maps a page
-    /// of the space that it is in, outside of the mode MMU, it is about to use the page, and to be told at once costs no more than
-    /// the page fault.
+    /// `update` has in `low` a note for the queue: the lower half of the new value, or [`CHANGED`]. `value`: what became of the entry, 0 where
+    /// the guest lets it wait; `flags`: the guest's. Two kinds of changes do not wait outside of the mode MMU, both to present entries. Where the guest maps a page
+    /// of the space that it is in, it is about to use the page, and to be told at once costs no more than the page fault. And
+    /// where the hypervisor leaves the guest its page faults there is none to be told by.
     #[inline(always)]
     pub fn submit_late(
         &self,
@@ -187,13 +234,14 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
         (value, flags): (u32, u32),
         flush: impl Fn(),
     ) {
-        const PRESENT: u32 = 1;
         let waits = || {
-            if flags & self.used_now.get() == 0 {
+            let current = flags & CURRENT_USED;
+            if current < self.used_from.get() {
                 return true;
             }
             seldom();
-            value & PRESENT == 0
+            let is_used = current != 0 || self.is_mapped(update.address) && !faulty!(PresentWaits);
+            value & PRESENT == 0 || !is_used
         };
         self.take(backend, update, waits, flush);
     }
@@ -238,7 +286,13 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
             let is_off = mode == LazyMode::OFF && !faulty!(LeavingDoesNotFlush);
             // Told late, what waits in the other modes is in memory.
             let is_due = !self.is_late() || old == LazyMode::CPU && !faulty!(SetCr3WaitsForEver);
-            if (leaves || is_off) && is_due {
+            // That is not enough for what became present where nobody else sees the page fault.
+            let is_missed = self.is_late()
+                && self.used_from.get() == NONE_USED
+                && mode != LazyMode::MMU
+                && self.is_missed(PRESENT)
+                && !faulty!(PresentWaitsBeyondTheMode);
+            if (leaves || is_off) && is_due || is_missed {
                 self.drain(backend);
             }
             step!(backend);
@@ -249,9 +303,12 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
     /// Notes a lazy mode. Told late, MMU is none: all waits outside of it too, and what may not wait does not wait in it.
     fn enter(&self, mode: LazyMode) {
         let is_lazy = mode == LazyMode::MMU;
-        let (is_late, used_now) = (self.is_late(), EntryFlags::CURRENT_AS.bits());
-        self.mode.set(if is_late && is_lazy { LazyMode::OFF } else { mode }.0);
-        self.used_now.set(if is_late && !is_lazy { used_now } else { 0 });
+        self.mode.set(if self.is_late() && is_lazy { LazyMode::OFF } else { mode }.0);
+        self.used_from.set(match self.late.get() {
+            _ if is_lazy => NONE_USED,
+            QUIET => ANY_USED,
+            _ => CURRENT_USED,
+        });
     }
 
     /// The lazy mode in which updates wait.

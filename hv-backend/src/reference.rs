@@ -35,6 +35,8 @@ pub struct Reference {
     batches: bool,
     /// Whether they may wait for what drops translations.
     late: bool,
+    /// Whether page faults may then be quiet.
+    quiet: bool,
 }
 
 /// The most bytes of the last words.
@@ -142,7 +144,8 @@ impl Reference {
         // A full queue goes over at once, so batches of fewer than it holds are as good as none.
         let batches = features.contains(Features::BATCH) && limit >= BATCH_LIMIT;
         let late = batches && features.contains(Features::LATE);
-        Ok(Self { physical, batches, late })
+        let quiet = late && features.contains(Features::QUIET);
+        Ok(Self { physical, batches, late, quiet })
     }
 
     /// Whether changes may be told late: [`Features::LATE`].

@@ -19,11 +19,11 @@ use core::arch::{asm, global_asm, naked_asm};
 use core::cell::Cell;
 use core::mem::{MaybeUninit, offset_of};
 use core::ptr::{with_exposed_provenance, with_exposed_provenance_mut};
-use vmi_abi::flags::LazyMode;
+use vmi_abi::flags::{EntryFlags, LazyMode};
 use vmi_abi::{CALLS_3_0, CallNumber, for_each_call, number};
 use vmi_hv_backend::reference::interface::{BATCH_LIMIT, GRANT_SIGNATURE, PHYSICAL};
 use vmi_hv_backend::reference::{Reference, cpuid};
-use vmi_hv_backend::{Backend, Queue, Role, Update, detect};
+use vmi_hv_backend::{Backend, CHANGED, Queue, Role, Update, detect};
 use vmi_native_backend::calls as native;
 /// Names for the calls that have no entry here; where there is one, its name comes first.
 use vmi_native_backend::calls::*;
@@ -178,17 +178,17 @@ fn submit(update: Update) {
 
 /// Tells of a change of an entry. What may be told late is stored here, and else by the hypervisor. Interrupts are off.
 ///
-/// `value`: the lower half of a new value; `told`: the call that tells of one.
+/// `told`: the call that tells of one; `store`: stores the entry, and says what the queue notes, what became of the entry, and flags.
 #[inline(always)]
-fn change(update: Update, value: u32, told: CallNumber, store: impl FnOnce()) {
+fn change(update: Update, told: CallNumber, store: impl FnOnce() -> [u32; 3]) {
     // SAFETY: as in `submit`.
     let chosen = unsafe { chosen() };
     let Update { address, flags, .. } = update;
     if let Some(address) = chosen.direct.physical(address) {
-        store();
-        let update = Update { call: told, address, low: 0, high: 0, flags: PHYSICAL };
+        let [low, became, flags] = store();
+        let update = Update { call: told, address, low, high: 0, flags: PHYSICAL };
         // SAFETY: as in `Chosen::submit`.
-        chosen.queue.submit_late(chosen.transport, update, (value, flags), || unsafe {
+        chosen.queue.submit_late(chosen.transport, update, (became, flags), || unsafe {
             asm!("call {}", sym flush, clobber_abi("fastcall"));
         });
     } else {
@@ -223,9 +223,10 @@ updates! {
     /// An entry that is not mapped is a page fault of the guest's, here and not when the update's turn comes. So below.
     SetPxE { "testb %al, (%edx)"; "pushl %eax" }
     set_entry(flags, entry, value) {
-        change(Update::SetPxE(value, entry, flags), value, number::UpdatePxE, || {
+        change(Update::SetPxE(value, entry, flags), number::UpdatePxE, || {
             // SAFETY: what the guest asks for. Nobody walks its tables now.
             unsafe { store(entry, value) };
+            [value, value, flags]
         });
     }
 
@@ -233,24 +234,25 @@ updates! {
     SetPxELong { "testb %al, (%ecx)"; "pushl 8(%esp)", "pushl %eax" }
     set_long_entry(entry, high, low, flags) {
         let value = u64::from(high) << 32 | u64::from(low);
-        change(Update::SetPxELong(value, entry, flags), low, number::UpdatePxELong, || {
+        change(Update::SetPxELong(value, entry, flags), number::UpdatePxELong, || {
             // SAFETY: as above. The higher halves differ where NX does, or one is empty; else there is but one half to store.
             unsafe {
                 if load(entry + 4) == high { store(entry, low) } else { store_long(entry, low, high) }
             }
+            [low, low, flags]
         });
     }
 
     /// EAX entry, EDX flags.
     UpdatePxE { "testb %al, (%eax)"; "movl %eax, %ecx" }
     update_entry(entry, flags) {
-        change(Update::UpdatePxE(entry, flags), 0, number::UpdatePxE, || ());
+        change(Update::UpdatePxE(entry, flags), number::UpdatePxE, || stored(entry, flags));
     }
 
     /// EAX entry, EDX flags.
     UpdatePxELong { "testb %al, (%eax)"; "movl %eax, %ecx" }
     update_long_entry(entry, flags) {
-        change(Update::UpdatePxELong(entry, flags), 0, number::UpdatePxELong, || ());
+        change(Update::UpdatePxELong(entry, flags), number::UpdatePxELong, || stored(entry, flags));
     }
 
     /// EAX frame, EDX flags, ECX source of a clone, on the stack where and how many: the guest has copied them.
@@ -296,7 +298,7 @@ entries! {
                 direct.start.set(linear);
                 direct.bytes.set(pages.min(u32::MAX / PAGE) * PAGE);
                 direct.physical.set(frame.wrapping_mul(PAGE));
-                queue.tell_late();
+                queue.tell_late(reference.be_quiet(queue.map()));
             }
         });
     }
@@ -345,6 +347,18 @@ entries! {
             value
         })
     }
+}
+
+/// What is said of an entry that the guest stored. DEFER lets it wait. With CURRENT_AS kernels tell of entries that they changed and that
+/// were present before, which therefore is no hurry; without it one may have become present.
+#[inline(always)]
+fn stored(entry: u32, flags: u32) -> [u32; 3] {
+    const PRESENT: u32 = 1;
+    let has = |flag: EntryFlags| flags & flag.bits() != 0;
+    // SAFETY: the entry of a call has touched it.
+    let value = unsafe { load(entry) };
+    let came = if has(EntryFlags::CURRENT_AS) { 0 } else { value & PRESENT };
+    [CHANGED | came, if has(EntryFlags::DEFER) { 0 } else { value }, 0]
 }
 
 /// Bytes of a page.

@@ -65,7 +65,7 @@ fn calls_with_nested_paging() -> Result<()> {
 /// The pieces of work that change many entries.
 const BULK: [&str; 3] = ["fork", "mmap, touch, munmap", "mprotect"];
 
-/// The piece that changes few entries, and takes page faults that are the guest's own.
+/// The piece that changes few entries, and takes page faults that are the guest's own, which need no exit.
 const PROGRAM: &str = "fork, exec, exit";
 
 /// What VMI is for: a tenth of the exits where tables change in bulk, 32 entries or more with each exit, and no more
@@ -94,12 +94,13 @@ fn a_kernels_work_takes_few_exits() -> Result<()> {
             let least = batched.counters.updates.div_ceil(BATCH_LIMIT.into());
             assert!(batched.counters.hypercalls >= least, "{comparison:#?}");
         } else if comparison.name == PROGRAM {
-            // A page fault of the guest's costs two exits, before and behind its handler; neither can be saved.
+            // Its page faults are the guest's own affair. What it then maps is told with an exit each, but few besides.
             let faults = |line: &WorkloadLine| line.counters.guest_page_faults;
-            assert!(faults(trap) == faults(batched) && faults(trap) > 0, "{comparison:#?}");
+            assert!(faults(trap) == faults(told) && faults(trap) > 0, "{comparison:#?}");
+            assert_eq!(faults(batched) + batched.counters.shadow_fills, 0, "{comparison:#?}");
             let operations = u64::from(batched.operations);
-            assert!(exits(batched) <= 2 * faults(batched) + 12 * operations, "{comparison:#?}");
-            let factor = if comparison.guest_mode == "PAE" { 3 } else { 2 };
+            assert!(exits(batched) <= faults(trap) + 12 * operations, "{comparison:#?}");
+            let factor = if comparison.guest_mode == "PAE" { 5 } else { 3 };
             assert!(exits(batched) * factor <= exits(trap), "{comparison:#?}");
         } else {
             assert!(exits(batched) <= batched.operations.into(), "{comparison:#?}");

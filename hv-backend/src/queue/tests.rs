@@ -48,6 +48,12 @@ pub(super) enum Fault {
     SetCr3WaitsForEver,
     /// Told late, GetCR2 goes ahead of SetCR3.
     FaultsOvertakeSetCr3,
+    /// Quiet, what becomes present waits.
+    PresentWaits,
+    /// Quiet, what became present in the mode MMU waits when that is left.
+    PresentWaitsBeyondTheMode,
+    /// Quiet, GetCR2 goes ahead of entries.
+    FaultsOvertakeEntries,
 }
 
 std::thread_local! {
@@ -55,7 +61,7 @@ std::thread_local! {
 }
 
 impl Fault {
-    const ALL: [Self; 18] = [
+    const ALL: [Self; 21] = [
         Self::PartialBatchIsLost,
         Self::PartialBatchIsRepeated,
         Self::RefusedIsSkipped,
@@ -74,6 +80,9 @@ impl Fault {
         Self::BeginsAnewUntold,
         Self::SetCr3WaitsForEver,
         Self::FaultsOvertakeSetCr3,
+        Self::PresentWaits,
+        Self::PresentWaitsBeyondTheMode,
+        Self::FaultsOvertakeEntries,
     ];
 
     pub(super) fn is_on(self) -> bool {
@@ -153,7 +162,7 @@ fn sequences(length: usize, mut each: impl FnMut(&[Operation]) -> bool) {
 
 /// Every scenario of a small size: the runs, and the first violation.
 ///
-/// All sequences of `length` operations, told late and not, in each lazy mode to begin with, with the capacities 1, 2 and 3, each
+/// All sequences of `length` operations, not told late, told late, and then with page faults that are quiet too, in each lazy mode to begin with, with the capacities 1, 2 and 3, each
 /// - without failures and interrupts,
 /// - with the first, second or third hypercall stopped after 0 or 1 updates, or complaining,
 /// - with the first, second, third or fourth update refused for good,
@@ -172,10 +181,11 @@ fn enumerate(length: usize) -> (usize, Result<(), String>) {
     let (mut runs, mut result) = (0, Ok(()));
     let mut scenario = Scenario::default();
     sequences(length, |sequence| {
-        for (late, mode) in
-            [false, true].into_iter().flat_map(|late| (0..3).map(move |mode| (late, mode)))
+        let kinds = [(false, false), (true, false), (true, true)];
+        for ((late, quiet), mode) in
+            kinds.into_iter().flat_map(|kind| (0..3).map(move |mode| (kind, mode)))
         {
-            scenario.late = late;
+            (scenario.late, scenario.quiet) = (late, quiet);
             scenario.operations.clear();
             scenario.operations.push(Operation::SetLazyMode(mode));
             scenario.operations.extend(sequence);
@@ -272,6 +282,7 @@ prop_compose! {
 prop_compose! {
     fn scenario()(
         late: bool,
+        quiet: bool,
         operations in prop::collection::vec(operation(), 1..40),
         interrupts in interrupts(),
         outcomes in prop::collection::vec(prop_oneof![
@@ -281,7 +292,7 @@ prop_compose! {
         ], 0..8),
         refused in prop::option::weighted(0.2, (1..40_u32).prop_map(|value| value << 1)),
     ) -> Scenario {
-        Scenario { late, operations, interrupts, outcomes, refused }
+        Scenario { late, quiet: late && quiet, operations, interrupts, outcomes, refused }
     }
 }
 

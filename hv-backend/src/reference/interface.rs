@@ -43,6 +43,9 @@ bitflags! {
         /// is in them already may be told as late as a processor with a TLB may see it, and frames may become tables and stop being
         /// some as late. Without [`Features::BATCH`] it means nothing.
         const LATE = 1 << 2;
+        /// With [`Features::LATE`]: page faults that are the guest's own may reach it without an exit, once it asks for that by
+        /// [`Hypercall::BeQuiet`].
+        const QUIET = 1 << 3;
     }
 }
 
@@ -51,6 +54,12 @@ pub const PHYSICAL: u32 = 1 << 6;
 
 /// The most updates that a batch may have, in version 1.0 without exception where [`Features::BATCH`] is set.
 pub const BATCH_LIMIT: u32 = 128;
+
+/// Words of the map that [`Hypercall::BeQuiet`] names.
+pub const MAP_WORDS: usize = 32;
+
+/// Bytes of it.
+pub const MAP_BYTES: u32 = 4 * MAP_WORDS as u32;
 
 /// A hypercall's number, in EAX at VMMCALL.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,6 +73,9 @@ pub enum Hypercall {
     ReadCounters = 2,
     /// Ends the guest with a message. EBX: physical address of the text, ECX: its bytes. Does not return but on an error.
     Stop = 3,
+    /// From here on the guest's own page faults may be quiet. EBX: physical address of a map, a multiple of 4; ECX: its bytes,
+    /// [`MAP_BYTES`], within one page.
+    BeQuiet = 4,
 }
 
 impl Hypercall {
@@ -74,6 +86,7 @@ impl Hypercall {
             1 => Some(Self::Apply),
             2 => Some(Self::ReadCounters),
             3 => Some(Self::Stop),
+            4 => Some(Self::BeQuiet),
             _ => None,
         }
     }
@@ -194,7 +207,7 @@ macro_rules! counters {
 
 counters! {
     exits {
-        /// Page faults that are the guest's own, and were handed to it.
+        /// Page faults that are the guest's own, and were handed to it. Nobody sees those that are quiet.
         guest_page_faults: "guest page fault"
         /// Page faults that only the shadow had: an entry was filled in.
         shadow_fills: "shadow fill"

@@ -76,6 +76,15 @@ fn without_batches_nothing_is_told_late() {
 }
 
 #[test]
+fn only_what_is_told_late_lets_page_faults_be_quiet() {
+    let quiet = |features: Features| with(1, 1, features.bits()).expect("nothing wrong").quiet;
+    assert!(quiet(Features::all()));
+    assert!(!quiet(Features::all() - Features::QUIET));
+    assert!(!quiet(Features::all() - Features::LATE));
+    assert!(!quiet(Features::all() - Features::BATCH));
+}
+
+#[test]
 fn without_batches_nothing_waits() {
     let modes = [LazyMode::OFF, LazyMode::MMU, LazyMode::CPU, LazyMode(7)];
     let taken = on(good()).expect("nothing wrong");

@@ -2,11 +2,12 @@
 
 #![expect(unsafe_code, reason = "UNSAFETY: instructions of ring 0")]
 
-use super::interface::{Hypercall, Status};
+use super::interface::{Hypercall, MAP_BYTES, MAP_WORDS, Status};
 use super::{Reference, TEXT_LIMIT, describe, say};
 use crate::{Backend, Batch, CallNumber, Failure, Hypervisor, InterruptMask, Reason, Refusal};
 use core::arch::asm;
 use core::arch::x86::__cpuid_count;
+use core::cell::Cell;
 use core::ptr::with_exposed_provenance_mut;
 
 /// The debug console of Bochs and of QEMU's `-debugcon`. Reading it answers its own number.
@@ -91,6 +92,18 @@ impl Backend for Reference {
             describe(failure, &mut put);
             put(b'\n');
         }
+    }
+}
+
+impl Reference {
+    /// Asks that the guest's own page faults reach it without an exit from now on; whether they may. The map lies in the granted memory;
+    /// nothing waits.
+    #[must_use]
+    pub fn be_quiet(&self, map: &[Cell<u32>; MAP_WORDS]) -> bool {
+        // SAFETY: the hypervisor stores to the map, whose cells say so.
+        let ask =
+            || unsafe { hypercall(Hypercall::BeQuiet, self.physical(map.as_ptr()), MAP_BYTES) };
+        self.quiet && ask().0 == Status::Done as i32
     }
 }
 

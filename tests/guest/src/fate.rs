@@ -3,7 +3,7 @@
 #![expect(unsafe_code, reason = "UNSAFETY: each end is a few instructions of inline assembly")]
 
 use crate::hypervisor::Hypervisor;
-use crate::paging::{LocalApic, Space, physical};
+use crate::paging::{ACCESSED, LocalApic, Space, physical};
 use crate::processor;
 use crate::report;
 use core::arch::asm;
@@ -42,6 +42,11 @@ pub(crate) fn meet(name: &str, space: Space) -> ! {
             let Some(apic) = LocalApic::map(space) else {
                 report::abandon(format_args!("there is no local APIC"))
             };
+            // What the way to the handler begins with was not accessed: below a shadow that has to be filled.
+            let table = processor::idt().base.get();
+            let entry = space.entry(table);
+            space.store(entry, space.load(entry) & !ACCESSED);
+            processor::invlpg(table);
             apic.interrupt_itself();
             // That was none.
             triple_fault()

@@ -257,7 +257,7 @@ impl Space {
         self.root + index * self.mode.entry_size()
     }
 
-    /// Maps a page, and makes the table for it where there is none.
+    /// Maps a page, and makes the table for it where there is none. Accessed and dirty bits are set, as kernels do with their own pages.
     fn map(self, linear: u32, address: u32, bits: u64) {
         let directory_entry = self.directory_entry(linear);
         if self.load(directory_entry) & PRESENT == 0 {
@@ -266,9 +266,11 @@ impl Space {
                 let flags = PageFlags::PT | PageFlags::PAE | PageFlags::ZEROED;
                 host::announce_page(table / PAGE, flags.bits());
             }
-            self.store(directory_entry, u64::from(table) | PRESENT | WRITE | USER);
+            let bits = PRESENT | WRITE | USER | ACCESSED;
+            self.store(directory_entry, u64::from(table) | bits);
         }
-        self.store(self.entry(linear), self.make(address, bits));
+        let used = ACCESSED | if bits & WRITE != 0 { DIRTY } else { 0 };
+        self.store(self.entry(linear), self.make(address, bits | used));
     }
 
     /// Maps a page of memory that nobody executes.

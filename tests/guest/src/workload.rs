@@ -25,7 +25,7 @@ use crate::checks::read;
 use crate::console::line;
 use crate::harness::{self, Context, Demand, Entry, FLAT, Outcome, Registers};
 use crate::hypervisor::Hypervisor;
-use crate::paging::{PAGE, Space};
+use crate::paging::{Mode, PAGE, Space, has_no_execute};
 use crate::report::{Problems, Report};
 use crate::rom::Rom;
 use crate::segments::{GDT, TASK_STATE, USER_DATA_DESCRIPTOR, descriptor, kernel_stack};
@@ -153,6 +153,7 @@ impl core::fmt::Display for List<'_> {
 
 impl Stage {
     fn new(kernel: Kernel, swapper: Space) -> Self {
+        kernel.announce_all(swapper);
         let mut memory = Memory::new();
         let (program, libraries) = (memory.take(PROGRAM.pages), memory.take(LIBRARIES.pages));
         let (mapping, copies) = (memory.take(MAPPING.pages), memory.take(WRITTEN));
@@ -313,6 +314,14 @@ fn map_and_unmap(stage: &mut Stage, problems: &mut Problems) -> Sample {
             problems.add(format_args!("after munmap {linear:#x} raises {fault:x?}"));
         }
     }
+    // Where NX is in use, and only there, the error code says that it was a fetch.
+    const FETCH: u32 = 1 << 4;
+    let wanted = if process.kernel.mode == Mode::Pae && has_no_execute() { FETCH } else { 0 };
+    let outcome = run_at(MAPPING.start, Registers::default(), None);
+    let fault = outcome.trap.map(|trap| (trap.frame.vector, trap.frame.error));
+    if fault != Some((traps::PAGE_FAULT, wanted)) {
+        problems.add(format_args!("a fetch after munmap raises {fault:x?}, not {wanted:#x}"));
+    }
     sample
 }
 
@@ -452,10 +461,15 @@ fn run_over(
     demand: Option<Demand>,
 ) -> Outcome {
     let registers = Registers { eax: start, ecx: pages, edx: value, ..Registers::default() };
+    run_at(routine as *const () as u32, registers, demand)
+}
+
+/// Runs what is at an address.
+fn run_at(address: u32, registers: Registers, demand: Option<Demand>) -> Outcome {
     harness::run(&Entry {
         context: Context { registers, esp: 0, eflags: FIXED_FLAG, segments: FLAT },
         stack: &[],
-        target: site::own_site(routine as *const () as u32),
+        target: site::own_site(address),
         by_call: true,
         code: 0..0,
         watch: None,

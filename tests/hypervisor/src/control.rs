@@ -6,7 +6,7 @@ use crate::svm::SVM_ENABLE;
 use core::arch::x86_64::{__cpuid, __cpuid_count};
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 use vmi_hypervisor::emulate;
-use vmi_hypervisor::walk::{CR0_PAGING, CR0_WRITE_PROTECT, CR4_PAE, EFER_NO_EXECUTE};
+use vmi_hypervisor::walk::{CR0_PAGING, CR0_WRITE_PROTECT, CR4_PAE};
 use x86::controlregs::{Cr0, Cr4};
 
 /// Bits of CR0 that the guest changes without an exit: MP and TS.
@@ -159,6 +159,7 @@ impl Guest {
 
     /// Lets the shadow follow the guest's registers.
     pub(crate) fn load(&mut self) {
+        self.quiet.now = false;
         if let Some(shadow) = &mut self.shadow {
             shadow.load(&self.own, &self.machine);
         }
@@ -171,7 +172,7 @@ impl Guest {
         state.cr0 = (self.own.cr0 | FORCED_CR0).into();
         state.cr3 = shadow.root();
         state.cr4 = (self.own.cr4 | CR4_PAE).into();
-        state.efer = self.own.efer | SVM_ENABLE | EFER_NO_EXECUTE;
+        state.efer = self.own.efer | SVM_ENABLE;
         let wanted = self.reads_wanted();
         let control = &mut self.vmcb.control;
         control.cr_reads = wanted;

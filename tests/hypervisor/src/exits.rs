@@ -4,6 +4,7 @@ use crate::console::{break_line, line};
 use crate::guest::{Guest, INVALID_OPCODE};
 use crate::report::Ending;
 use crate::svm::{Intercepts, RAX, RBX, RCX, RDX, exit as code};
+use vmi_hv_backend::reference::interface::Features;
 use vmi_hypervisor::emulate;
 use vmi_hypervisor::hypercall::{Call, Machine, Outcome};
 use vmi_hypervisor::memory::{FRAME, Memory, Place};
@@ -21,6 +22,12 @@ impl Guest {
         if self.vmcb.control.exit_code != code::PAGE_FAULT {
             self.take_back();
         }
+        // These leave the guest's translations alone, or see to what becomes of them.
+        let is_harmless = matches!(
+            self.vmcb.control.exit_code,
+            code::CPUID | code::MSR | code::PORT | code::VMMCALL | code::NMI
+        );
+        self.quiet.now &= is_harmless;
         let control = &mut self.vmcb.control;
         control.set_intercepts(control.intercepts() | Intercepts::NMI);
         match self.vmcb.control.exit_code {
@@ -146,6 +153,7 @@ impl Guest {
             cpl: self.vmcb.state.cpl,
         };
         let limit = self.limit();
+        let may_be_quiet = self.options.features().contains(Features::QUIET);
         let before = self.own;
         let outcome = Machine {
             shadow: self.shadow.as_mut(),
@@ -154,6 +162,7 @@ impl Guest {
             is_hidden: Self::is_hidden,
             limit,
             counters: &mut self.counters,
+            quiet: may_be_quiet.then_some(&mut self.quiet),
         }
         .call(call);
         match outcome {

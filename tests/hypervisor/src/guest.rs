@@ -23,6 +23,7 @@ use iced_x86::{Decoder, DecoderOptions, Instruction};
 use vmi_hv_backend::reference::interface::Counters;
 use vmi_hv_backend::reference::record::{DELIVERED, Exit, NEVER, START};
 use vmi_hypervisor::emulate::{self, Bus};
+use vmi_hypervisor::hypercall::Quiet;
 use vmi_hypervisor::memory::{FRAME, Memory, Place};
 use vmi_hypervisor::shadow::{Frame, Page, Shadow, Slot, Storage};
 use vmi_hypervisor::walk::{self, Access};
@@ -78,6 +79,8 @@ pub(crate) struct Guest {
     exited: u64,
     /// Page tables that it may store to for a while.
     pub(crate) lent: Lent,
+    /// Whether its page faults are its own affair.
+    pub(crate) quiet: Quiet,
     /// The TLB is to be flushed before the guest goes on.
     pub(crate) flush: bool,
 }
@@ -112,6 +115,7 @@ impl Guest {
             started: ticks(),
             exited: ticks(),
             lent: Lent::default(),
+            quiet: Quiet::default(),
             flush: true,
         }
     }
@@ -188,6 +192,9 @@ impl Guest {
         let behind = self.shadow.as_mut().is_some_and(Shadow::take_flush);
         let flush = core::mem::take(&mut self.flush) || behind;
         self.vmcb.control.tlb_control = if flush { FLUSH_ALL } else { 0 };
+        if self.shadow.is_some() {
+            vcpu::keep_page_faults(self.vmcb, self.quiet.now, self.own.mode().no_execute);
+        }
         self.vmcb.state.rax = self.registers[RAX];
         self.vmcb.state.rsp = self.registers[RSP];
         let spent = ticks().wrapping_sub(self.exited);

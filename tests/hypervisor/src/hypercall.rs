@@ -8,11 +8,34 @@ use crate::shadow::Shadow;
 use crate::walk::{Level, Mode, PRESENT, Registers, find};
 use core::mem::size_of;
 use vmi_abi::number;
-use vmi_hv_backend::reference::interface::{Counters, Hypercall, PHYSICAL, Status};
+use vmi_hv_backend::reference::interface::{
+    Counters, Hypercall, MAP_BYTES, MAP_WORDS, PHYSICAL, Status,
+};
 use vmi_hv_backend::{CallNumber, Update};
 
 /// The most bytes of the text of [`Hypercall::Stop`].
 pub const TEXT_LIMIT: u32 = 1024;
+
+/// Page faults that reach the guest without an exit.
+///
+/// That begins at the end of a batch which leaves nothing waiting in the guest: then the shadow has all that the guest's tables have. It ends
+/// whenever somebody is not sure.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Quiet {
+    /// The guest-physical address of the map that the guest wants to have, once it has asked.
+    map: Option<u32>,
+    /// Whether the map has something set.
+    is_shown: bool,
+    /// Whether page faults are quiet now.
+    pub now: bool,
+}
+
+impl Quiet {
+    /// Whether updates lie in the memory that has the map: only what waits in the queue does, all of it.
+    const fn has_all(&self, updates: u32) -> bool {
+        matches!(self.map, Some(map) if map / FRAME as u32 == updates / FRAME as u32)
+    }
+}
 
 /// What a hypercall is carried out on.
 #[derive(Debug)]
@@ -29,6 +52,8 @@ pub struct Machine<'a, 'pool, M, H> {
     pub limit: u32,
     /// What the guest may read; updates and refusals are counted here.
     pub counters: &'a mut Counters,
+    /// None where page faults are never quiet.
+    pub quiet: Option<&'a mut Quiet>,
 }
 
 /// A hypercall's registers.
@@ -70,8 +95,10 @@ impl<M: Memory, H: Fn(u64) -> bool> Machine<'_, '_, M, H> {
             None => Outcome::Return(Status::UnknownHypercall, 0),
             Some(Hypercall::Apply) => {
                 let (status, applied) = self.apply_array(ebx, ecx);
+                self.settle(ebx, status);
                 Outcome::Return(status, applied)
             }
+            Some(Hypercall::BeQuiet) => Outcome::Return(self.be_quiet(ebx, ecx), 0),
             Some(Hypercall::ReadCounters) => {
                 let (status, written) = self.read_counters(ebx, ecx);
                 Outcome::Return(status, written)
@@ -81,6 +108,46 @@ impl<M: Memory, H: Fn(u64) -> bool> Machine<'_, '_, M, H> {
                 Outcome::Return(Status::BadBuffer, 0)
             }
             Some(Hypercall::Stop) => Outcome::Stop { address: ebx, bytes: ecx },
+        }
+    }
+
+    fn be_quiet(&mut self, address: u32, bytes: u32) -> Status {
+        let is_good = bytes == MAP_BYTES
+            && address % FRAME as u32 <= FRAME as u32 - MAP_BYTES
+            && self.has(address, bytes, 4, is_writable);
+        match &mut self.quiet {
+            None => Status::UnknownHypercall,
+            Some(_) if !is_good => Status::BadBuffer,
+            Some(quiet) => {
+                **quiet = Quiet { map: Some(address), is_shown: true, now: false };
+                self.show_map();
+                Status::Done
+            }
+        }
+    }
+
+    /// Decides behind a batch whether page faults are quiet. After a refusal something may still wait.
+    pub(crate) fn settle(&mut self, updates: u32, status: Status) {
+        let (Some(quiet), Some(shadow)) = (&mut self.quiet, &mut self.shadow) else { return };
+        quiet.now = quiet.has_all(updates)
+            && status == Status::Done
+            && self.counters.refusals == 0
+            && shadow.complete(self.registers, self.memory);
+        self.show_map();
+    }
+
+    /// Stores the map, clear where page faults are not quiet.
+    fn show_map(&mut self) {
+        let (Some(quiet), Some(shadow)) = (&mut self.quiet, &self.shadow) else { return };
+        let Some(address) = quiet.map.filter(|_| quiet.now || quiet.is_shown) else { return };
+        quiet.is_shown = quiet.now;
+        let mut words = [0; MAP_WORDS];
+        if quiet.now {
+            words.iter_mut().zip(shadow.map()).for_each(|(word, value)| *word = value);
+        }
+        for (address, word) in (u64::from(address)..).step_by(4).zip(words) {
+            // What was memory when the guest asked is memory.
+            let _ = self.store(address, 4, word.into());
         }
     }
 

@@ -63,7 +63,7 @@ impl Options {
         match self.mode {
             Mode::Trap => Features::empty(),
             Mode::Vmi => paging,
-            Mode::VmiBatched => paging | Features::BATCH | Features::LATE,
+            Mode::VmiBatched => paging | Features::BATCH | Features::LATE | Features::QUIET,
         }
     }
 }

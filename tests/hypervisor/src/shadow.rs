@@ -15,7 +15,11 @@
 //! then emulated by the caller, who tells [`Shadow::written`]. A table that no other one leads to any more is not watched
 //! at its next store, but loses its shadow: it may be a table no longer.
 //!
-//! The processor runs with CR0.PG and WP, CR4.PAE and EFER.NXE set, and with the guest's CR4.PGE.
+//! A shadow is complete while the guest's own tables would raise each page fault that it raises, with the same error code, and no other:
+//! [`Shadow::complete`]. What stands in the way is counted with each entry that is made. So it costs little to know that nothing does.
+//!
+//! The processor runs with CR0.PG and WP, CR4.PAE and EFER.NXE set, and with the guest's CR4.PGE. Where nobody looks at page faults
+//! because the shadow is complete, NXE is the guest's.
 
 #[cfg(test)]
 pub(crate) mod machine;
@@ -29,6 +33,7 @@ use crate::walk::{
 };
 use core::iter::successors;
 use core::ops::Range;
+use vmi_hv_backend::reference::interface::MAP_WORDS;
 
 /// Entries of a shadow table.
 const ENTRIES: usize = 512;
@@ -38,6 +43,24 @@ const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
 /// Bit 9 of a shadow entry, which the processor ignores: it allows stores to memory, and is counted in [`Frame::writers`].
 const TRACKED: u64 = 1 << 9;
+
+/// Bit 10 of a shadow entry, which the processor ignores too, also where nothing is present: with the guest's entry, as it was read, some
+/// access would end otherwise. Counted in [`Slot::missing`].
+const MISSING: u64 = 1 << 10;
+
+/// A reason to be [`MISSING`], unless a test leaves it out.
+macro_rules! missing {
+    ($reason:ident) => {{
+        #[cfg(test)]
+        let missing = if tests::quiet::Reason::$reason.is_left_out() { 0 } else { MISSING };
+        #[cfg(not(test))]
+        let missing = MISSING;
+        missing
+    }};
+}
+
+/// Bits of the map that [`Shadow::map`] is.
+const MAP_BITS: usize = MAP_WORDS * 32;
 
 /// Bits of an entry that say how memory is cached, and that it is global: the same in the shadow.
 const ATTRIBUTES: u64 = WRITE_THROUGH | CACHE_DISABLE | ATTRIBUTE | GLOBAL;
@@ -122,6 +145,26 @@ impl Key {
         }
     }
 
+    /// Of a directory: what the table is made from that a shadow entry leads to, by the guest's entry.
+    fn below(&self, index: usize, entry: u64) -> Self {
+        let mode = self.mode;
+        let frame = mode.frame(Level::Directory, entry);
+        // Two neighbours share an entry of a two-level directory.
+        let half = if mode.pae { 0 } else { index % 2 };
+        if mode.is_large(Level::Directory, entry) {
+            let attributes = entry & ATTRIBUTES & !ATTRIBUTE
+                | if entry & LARGE_ATTRIBUTE != 0 { ATTRIBUTE } else { 0 };
+            Self::direct(frame + (half * ENTRIES) as u64, attributes)
+        } else {
+            Self { role: Role::Table, part: half as u16, mode, frame }
+        }
+    }
+
+    /// The guest-physical address of that entry.
+    const fn guest_entry(&self, index: usize) -> u64 {
+        self.frame * FRAME + (self.guest_index(index) * self.mode.entry_size()) as u64
+    }
+
     /// The shadow entries that are made from the guest's entry with this index; none where they are in another part.
     const fn indices(&self, guest_index: usize) -> Range<usize> {
         let (per_part, copies) = match self.role {
@@ -143,11 +186,25 @@ pub struct Slot {
     parents: u32,
     /// The place of one of them, perhaps.
     parent: u32,
+    /// How many of its entries are [`MISSING`].
+    missing: u32,
+    /// Of a directory: the value of [`Shadow::epoch`] at which nothing was missing there and below; 0 once it changed.
+    complete_at: u64,
+    /// Entries that the guest had not accessed were once filled in ahead.
+    ahead: bool,
 }
 
 impl Slot {
     /// Nothing is known. All bytes are zero.
-    pub const EMPTY: Self = Self { key: Key::EMPTY, next: 0, parents: 0, parent: 0 };
+    pub const EMPTY: Self = Self {
+        key: Key::EMPTY,
+        next: 0,
+        parents: 0,
+        parent: 0,
+        missing: 0,
+        complete_at: 0,
+        ahead: false,
+    };
 }
 
 /// What [`Shadow`] knows of a frame.
@@ -220,6 +277,13 @@ pub struct Shadow<'a> {
     free: u32,
     free_count: usize,
     flush: bool,
+    /// Something came or went that [`Shadow::complete`] has not looked at, and what it found before.
+    changed: bool,
+    is_complete: bool,
+    /// One more whenever a table that maps pages begins to miss something.
+    epoch: u64,
+    /// For each bit of the map how many shadows set it.
+    marks: [u16; MAP_BITS],
     /// Guest page tables, or parts of one, that got a shadow.
     pub shadowed: u64,
     /// How often the pool was full, and everything began anew.
@@ -240,9 +304,22 @@ impl<'a> Shadow<'a> {
         assert!(base.is_multiple_of(FRAME) && end <= 1 << 32, "a pool of whole frames below 4 GiB");
         assert!(slots.len() >= pool.len() && !frames.is_empty(), "slots and frames");
         frames.fill(Frame::EMPTY);
-        let (free, free_count, flush, shadowed, recycled) = (0, 0, true, 0, 0);
-        let mut shadow =
-            Self { pool, base, slots, frames, ones, free, free_count, flush, shadowed, recycled };
+        let mut shadow = Self {
+            pool,
+            base,
+            slots,
+            frames,
+            ones,
+            free: 0,
+            free_count: 0,
+            flush: true,
+            changed: true,
+            is_complete: false,
+            epoch: 1,
+            marks: [0; MAP_BITS],
+            shadowed: 0,
+            recycled: 0,
+        };
         shadow.drop_all();
         shadow
     }
@@ -259,6 +336,7 @@ impl<'a> Shadow<'a> {
             self.load_quarter(registers, memory, quarter);
         }
         self.flush = true;
+        self.changed = true;
     }
 
     /// Resolves a page fault of the guest's processor: the linear address from CR2 and the error code.
@@ -369,6 +447,7 @@ impl<'a> Shadow<'a> {
         if let Some(state) = self.state(frame) {
             state.announced = true;
         }
+        self.changed = true;
     }
 
     /// The frame is no page table any more. Should it be one yet, it is watched.
@@ -377,6 +456,7 @@ impl<'a> Shadow<'a> {
             state.announced = false;
         }
         self.drop_tables(frame);
+        self.changed = true;
     }
 
     /// Whether changes of a frame will be told.
@@ -400,6 +480,119 @@ impl<'a> Shadow<'a> {
 
     fn state(&mut self, frame: u64) -> Option<&mut Frame> {
         self.frames.get_mut(usize::try_from(frame).ok()?)
+    }
+}
+
+// Completeness.
+impl Shadow<'_> {
+    /// Whether the processor may keep page faults to itself, because each would be one by the guest's own tables: what they map that
+    /// CR3 leads to is here, with all that it allows, and will be as long as the guest tells of what becomes present.
+    ///
+    /// All tables on the way have to be announced. Where nothing else is in the way, entries that were not accessed are filled in ahead,
+    /// once for each table; then their accessed bits are set, as by a processor that looks ahead. Dirty bits never are.
+    #[must_use]
+    pub fn complete(&mut self, registers: &Registers, memory: &impl Memory) -> bool {
+        if self.changed {
+            // The kernel's half first, where most that is missing is missing for good.
+            self.is_complete = registers.has_paging()
+                && (registers.mode().write_protect || missing!(OnlyKernels) == 0)
+                && (0..4).rev().all(|quarter| self.has_quarter(registers, memory, quarter));
+            self.changed = false;
+        }
+        self.is_complete
+    }
+
+    fn has_quarter(&mut self, registers: &Registers, memory: &impl Memory, quarter: usize) -> bool {
+        match (Self::directory(registers, memory, quarter), self.child(ROOT, quarter)) {
+            (Some(key), Some(slot)) => {
+                let is_it = self.slots[slot].key == key || missing!(OtherDirectory) == 0;
+                is_it && self.has_directory(memory, slot)
+            }
+            (Some(_), None) => missing!(NoDirectory) == 0,
+            (None, Some(_)) => missing!(OtherDirectory) == 0,
+            (None, None) => {
+                let pointer = registers.root() + quarter as u64 * 8;
+                let is_present = registers.mode().read(memory, pointer) & PRESENT != 0;
+                !is_present || missing!(ReservedPointer) == 0
+            }
+        }
+    }
+
+    /// Whether nothing is missing in the directory, one that the guest uses now, and below.
+    fn has_directory(&mut self, memory: &impl Memory, directory: usize) -> bool {
+        if self.slots[directory].complete_at == self.epoch {
+            return true;
+        }
+        if !self.has_entries(memory, directory) {
+            return false;
+        }
+        for index in (0..ENTRIES).rev() {
+            let Some(table) = self.child(directory, index) else { continue };
+            if self.slots[table].missing > 0 && missing!(OtherTable) != 0 {
+                // The guest may have changed the entry without a word. What is stored to is one of its tables.
+                self.follow(memory, directory, index);
+                if self.child(directory, index) != Some(table) {
+                    return false;
+                }
+            }
+            if !self.has_entries(memory, table) {
+                return false;
+            }
+        }
+        self.slots[directory].complete_at = self.epoch;
+        true
+    }
+
+    /// Whether nothing is missing in a table that the guest uses now, after an attempt to fill it in.
+    fn has_entries(&mut self, memory: &impl Memory, slot: usize) -> bool {
+        let key = self.slots[slot].key;
+        if key.level().is_some() && !self.is_announced(key.frame) {
+            return false;
+        }
+        if self.slots[slot].missing > 0 {
+            let is_first = !core::mem::replace(&mut self.slots[slot].ahead, true);
+            for index in 0..ENTRIES {
+                if self.pool[slot].0[index] & MISSING != 0 {
+                    self.fill_ahead(memory, slot, index, is_first);
+                }
+            }
+        }
+        self.slots[slot].missing == 0
+    }
+
+    fn fill_ahead(&mut self, memory: &impl Memory, slot: usize, index: usize, accesses: bool) {
+        let key = self.slots[slot].key;
+        let Some(level) = key.level() else {
+            self.forget_unused(key.frame + index as u64);
+            return self.set_direct(memory, slot, index);
+        };
+        let place = key.guest_entry(index);
+        let entry = key.mode.read(memory, place);
+        if entry & PRESENT != 0 && !key.mode.has_reserved(level, entry) {
+            if level == Level::Table {
+                self.forget_unused(key.mode.frame(level, entry));
+            } else if key.mode.is_large(level, entry) && self.free_count > self.reserve() {
+                let _ = self.find_or_make(memory, key.below(index, entry));
+            }
+            if accesses && entry & ACCESSED == 0 {
+                memory.write(place, key.mode.entry_size(), entry | ACCESSED);
+            }
+        }
+        self.follow(memory, slot, index);
+    }
+
+    /// Forgets the shadows of a frame that is watched and that no entry leads to: it may be a table no longer.
+    fn forget_unused(&mut self, frame: u64) {
+        if self.is_watched(frame) && self.tables(frame).all(|slot| self.slots[slot].parents == 0) {
+            self.drop_tables(frame);
+        }
+    }
+
+    /// A map of the frames that have shadows as tables, a bit for each remainder of their numbers: where it is clear there is none.
+    pub fn map(&self) -> impl Iterator<Item = u32> {
+        self.marks
+            .chunks(32)
+            .map(|marks| marks.iter().rev().fold(0, |word, mark| word << 1 | u32::from(*mark != 0)))
     }
 }
 
@@ -467,8 +660,16 @@ impl Shadow<'_> {
 
     /// Makes an entry of the page-directory-pointer table, if there is a shadow that it can lead to.
     fn load_quarter(&mut self, registers: &Registers, memory: &impl Memory, quarter: usize) {
+        let key = Self::directory(registers, memory, quarter);
+        let directory = key.and_then(|key| self.find_or_make_ahead(memory, key));
+        let value = directory.map_or(0, |directory| self.table_address(directory) | PRESENT);
+        self.set(ROOT, quarter, value);
+    }
+
+    /// What the directory of a quarter is made from, if there is one.
+    fn directory(registers: &Registers, memory: &impl Memory, quarter: usize) -> Option<Key> {
         let mode = registers.mode();
-        let key = if !registers.has_paging() {
+        if !registers.has_paging() {
             Some(Key::identity(quarter))
         } else if mode.pae {
             let pointer = mode.read(memory, registers.root() + quarter as u64 * 8);
@@ -477,10 +678,7 @@ impl Shadow<'_> {
             is_usable.then_some(Key { role: Role::Directory, part: 0, mode, frame })
         } else {
             Some(Self::two_level_directory(registers, quarter))
-        };
-        let directory = key.and_then(|key| self.find_or_make_ahead(memory, key));
-        let value = directory.map_or(0, |directory| self.table_address(directory) | PRESENT);
-        self.set(ROOT, quarter, value);
+        }
     }
 
     fn two_level_directory(registers: &Registers, quarter: usize) -> Key {
@@ -491,8 +689,7 @@ impl Shadow<'_> {
     /// Makes an entry anew from the guest's entry as it is now.
     fn follow(&mut self, memory: &impl Memory, slot: usize, index: usize) {
         let key = self.slots[slot].key;
-        let offset = key.guest_index(index) * key.mode.entry_size();
-        let entry = key.mode.read(memory, key.frame * FRAME + offset as u64);
+        let entry = key.mode.read(memory, key.guest_entry(index));
         let value = self.made_of(memory, slot, index, entry, None);
         self.set(slot, index, value);
     }
@@ -509,45 +706,46 @@ impl Shadow<'_> {
     ) -> u64 {
         let key = self.slots[slot].key;
         let (Some(level), mode) = (key.level(), key.mode) else { return 0 };
-        if entry & (PRESENT | ACCESSED) != PRESENT | ACCESSED || mode.has_reserved(level, entry) {
+        if entry & PRESENT == 0 {
             return 0;
+        }
+        if mode.has_reserved(level, entry) {
+            return missing!(Reserved);
+        }
+        if entry & ACCESSED == 0 {
+            return missing!(NotAccessed);
         }
         let is_large = mode.is_large(level, entry);
         let mut allowed = entry & (WRITABLE | USER);
         if mode.no_execute {
             allowed |= entry & NO_EXECUTE;
         }
+        let mut missing = 0;
         let by_kernel = access.is_some_and(|access| access.write && !access.user);
         if by_kernel && !mode.write_protect && entry & WRITABLE == 0 {
             // The guest's kernel may store here and its processes may not, which no entry can say. It is the kernel's
             // until a process comes and faults.
             allowed = (allowed | WRITABLE) & !USER;
+            missing = MISSING;
         }
-        if (level == Level::Table || is_large) && entry & DIRTY == 0 {
+        if (level == Level::Table || is_large) && entry & DIRTY == 0 && allowed & WRITABLE != 0 {
             allowed &= !WRITABLE;
+            missing |= missing!(NotDirty);
         }
-        let frame = mode.frame(level, entry);
         if level == Level::Table {
-            return self.page(memory, frame, entry & ATTRIBUTES, allowed);
+            let frame = mode.frame(level, entry);
+            return self.page(memory, frame, entry & ATTRIBUTES, allowed) | missing;
         }
-        // Two neighbours share an entry of a two-level directory.
-        let half = if mode.pae { 0 } else { index % 2 };
-        let key = if is_large {
-            let attributes = entry & ATTRIBUTES & !ATTRIBUTE
-                | if entry & LARGE_ATTRIBUTE != 0 { ATTRIBUTE } else { 0 };
-            Key::direct(frame + (half * ENTRIES) as u64, attributes)
-        } else {
-            Key { role: Role::Table, part: half as u16, mode, frame }
-        };
+        let key = key.below(index, entry);
         let table = match access {
             Some(_) => self.find_or_make(memory, key),
             None => match self.find_or_make_ahead(memory, key) {
                 Some(table) => table,
-                None => return 0,
+                None => return missing!(NoTable),
             },
         };
         let caching = entry & (WRITE_THROUGH | CACHE_DISABLE);
-        self.table_address(table) | PRESENT | ACCESSED | caching | allowed
+        self.table_address(table) | PRESENT | ACCESSED | caching | allowed | missing
     }
 
     /// An entry that maps a frame of the guest.
@@ -561,8 +759,13 @@ impl Shadow<'_> {
             Place::ReadOnly(address) => (address, 0),
             Place::Nothing => (self.ones, 0),
         };
-        let writable = if allowed & WRITABLE != 0 { writable } else { 0 };
-        address & ADDRESS | PRESENT | ACCESSED | DIRTY | attributes | allowed & !WRITABLE | writable
+        let (writable, missing) = match (allowed & WRITABLE, writable) {
+            (0, _) => (0, 0),
+            (_, 0) => (0, missing!(NoStores)),
+            (_, writable) => (writable, 0),
+        };
+        let given = allowed & !WRITABLE | writable | missing;
+        address & ADDRESS | PRESENT | ACCESSED | DIRTY | attributes | given
     }
 
     /// Makes an entry of a direct table.
@@ -580,7 +783,9 @@ impl Shadow<'_> {
         if old == value {
             return;
         }
-        if self.slots[slot].key.maps_pages() {
+        let maps_pages = self.slots[slot].key.maps_pages();
+        self.note(slot, maps_pages, old, value);
+        if maps_pages {
             for (entry, comes) in [(old, false), (value, true)] {
                 if entry & TRACKED != 0
                     && let Some(state) = self.state((entry & ADDRESS) / FRAME)
@@ -597,9 +802,26 @@ impl Shadow<'_> {
             }
         }
         // Processors look again before they raise a fault, so an entry that allows more needs no flush.
-        let allows_more = (old ^ value) & !(WRITABLE | TRACKED) == 0 && value & WRITABLE != 0;
-        if old & PRESENT != 0 && !allows_more {
+        let differs = (old ^ value) & !MISSING;
+        let allows_more = differs & !(WRITABLE | TRACKED) == 0 && value & WRITABLE != 0;
+        if old & PRESENT != 0 && differs != 0 && !allows_more {
             self.flush = true;
+        }
+    }
+
+    /// Counts what is missing in a table, of which an entry changes.
+    fn note(&mut self, slot: usize, maps_pages: bool, old: u64, value: u64) {
+        let state = &mut self.slots[slot];
+        let before = state.missing;
+        state.missing = before + u32::from(value & MISSING != 0) - u32::from(old & MISSING != 0);
+        if !maps_pages {
+            state.complete_at = 0;
+            self.changed = true;
+        } else if state.missing != before {
+            self.changed = true;
+            if before == 0 {
+                self.epoch += 1;
+            }
         }
     }
 }
@@ -619,7 +841,9 @@ impl Shadow<'_> {
         for state in &mut *self.frames {
             *state = Frame { announced: state.announced, ..Frame::EMPTY };
         }
+        self.marks.fill(0);
         self.flush = true;
+        self.changed = true;
     }
 
     fn table_address(&self, slot: usize) -> u64 {
@@ -664,11 +888,17 @@ impl Shadow<'_> {
     /// Finds a shadow, or makes one before it is needed, where that costs nothing later, and leaves the pool to what is needed.
     fn find_or_make_ahead(&mut self, memory: &impl Memory, key: Key) -> Option<usize> {
         let is_cheap = key.level().is_some() && self.is_announced(key.frame);
-        let reserve = (self.pool.len() / 4).max(LONGEST_PATH);
         match self.find(&key) {
-            None if is_cheap && self.free_count > reserve => Some(self.find_or_make(memory, key)),
+            None if is_cheap && self.free_count > self.reserve() => {
+                Some(self.find_or_make(memory, key))
+            }
             found => found,
         }
+    }
+
+    /// The tables of the pool that are left to what is needed.
+    fn reserve(&self) -> usize {
+        (self.pool.len() / 4).max(LONGEST_PATH)
     }
 
     fn find_or_make(&mut self, memory: &impl Memory, key: Key) -> usize {
@@ -685,6 +915,7 @@ impl Shadow<'_> {
         self.frames[bucket].head = slot as u32;
         if key.level().is_some() {
             self.shadowed += 1;
+            self.marks[key.frame as usize % MAP_BITS] += 1;
             if let Some(state) = self.state(key.frame) {
                 state.tables += 1;
                 if !state.announced {
@@ -724,7 +955,7 @@ impl Shadow<'_> {
             for index in indices {
                 let entry = self.pool[slot].0[index];
                 if which(entry) {
-                    self.set(slot, index, entry & !(WRITABLE | TRACKED));
+                    self.set(slot, index, entry & !(WRITABLE | TRACKED) | missing!(Protected));
                 }
             }
         }
@@ -763,6 +994,7 @@ impl Shadow<'_> {
         if let Some(state) = self.state(key.frame) {
             state.tables -= 1;
         }
+        self.marks[key.frame as usize % MAP_BITS] -= 1;
         self.slots[slot] = Slot { next: self.free, ..Slot::EMPTY };
         self.free = slot as u32;
         self.free_count += 1;
@@ -774,7 +1006,7 @@ impl Shadow<'_> {
         if is_table || holder == ROOT {
             for index in indices {
                 if self.child(holder, index) == Some(slot) {
-                    self.set(holder, index, 0);
+                    self.set(holder, index, if holder == ROOT { 0 } else { missing!(Forgotten) });
                 }
             }
         }

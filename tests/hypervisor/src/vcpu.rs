@@ -10,7 +10,7 @@ use crate::svm::{
     Zeroed, clear_global_interrupt_flag, save_host,
 };
 use core::arch::x86_64::__cpuid;
-use vmi_hypervisor::walk::{CR0_PAGING, CR4_PAE};
+use vmi_hypervisor::walk::{CR0_PAGING, CR4_PAE, EFER_NO_EXECUTE};
 use x86::controlregs::Cr0;
 use x86::msr::IA32_EFER;
 
@@ -156,8 +156,19 @@ pub(crate) fn use_table(vmcb: &mut Vmcb, table: Table) {
 
 /// Lets the processor walk PAE tables, and tells of each page fault.
 pub(crate) fn page(vmcb: &mut Vmcb, root: u64) {
-    vmcb.control.exceptions = 1 << 14;
+    keep_page_faults(vmcb, false, true);
     vmcb.state.cr0 |= u64::from(CR0_PAGING);
     vmcb.state.cr3 = root;
     vmcb.state.cr4 |= u64::from(CR4_PAE);
+}
+
+/// Whether the processor takes page faults to the guest's own handler, or tells of each. The error code that the guest sees then is the
+/// processor's, in which bit 4 depends on NX: it is in use where it is in the guest's tables.
+pub(crate) fn keep_page_faults(vmcb: &mut Vmcb, quiet: bool, no_execute: bool) {
+    vmcb.control.exceptions = if quiet { 0 } else { 1 << 14 };
+    if quiet && !no_execute {
+        vmcb.state.efer &= !EFER_NO_EXECUTE;
+    } else {
+        vmcb.state.efer |= EFER_NO_EXECUTE;
+    }
 }

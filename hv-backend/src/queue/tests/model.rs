@@ -88,6 +88,8 @@ pub(super) struct Interrupt {
 pub(super) struct Scenario {
     /// Changes are told late: memory holds each before its update is taken.
     pub(super) late: bool,
+    /// And the hypervisor does not see the guest's page faults.
+    pub(super) quiet: bool,
     pub(super) operations: Vec<Operation>,
     pub(super) interrupts: Vec<Interrupt>,
     /// Repeated for ever.
@@ -112,8 +114,9 @@ struct State {
 #[derive(Clone, Copy, Debug)]
 enum Begun {
     Update(Update),
-    /// An entry is stored in memory, in the section in which the update that tells of it is taken.
-    Change(usize, u32, bool, Update),
+    /// An entry is stored in memory, in the section in which the update that tells of it is taken. With flags, and what the queue
+    /// is to know of the value.
+    Change(usize, u32, EntryFlags, u32, Update),
     SetLazyMode(u32),
 }
 
@@ -268,7 +271,10 @@ impl<'a, const CAPACITY: usize> Machine<'a, CAPACITY> {
     /// Runs the scenario, leaves the lazy mode, and tells what was not as promised.
     pub(super) fn run(&self) -> Result<(), String> {
         if self.scenario.late {
-            self.queue.tell_late();
+            self.queue.tell_late(self.scenario.quiet);
+        }
+        if self.scenario.quiet {
+            self.queue.map().iter().for_each(|word| word.set(!0));
         }
         for operation in &self.scenario.operations {
             self.step();
@@ -330,10 +336,14 @@ impl<'a, const CAPACITY: usize> Machine<'a, CAPACITY> {
             | Operation::SetPxELong { entry, present, defer }
                 if self.scenario.late =>
             {
-                self.change(entry, value | u32::from(present), defer);
+                let value = value | u32::from(present);
+                let flags = if defer { EntryFlags::empty() } else { EntryFlags::CURRENT_AS };
+                self.change(entry, value, flags, value, value);
             }
             Operation::UpdatePxE { entry, defer } if self.scenario.late => {
-                self.change(entry, value | PRESENT as u32, defer);
+                let value = value | PRESENT as u32;
+                let known = if defer { 0 } else { value };
+                self.change(entry, value, EntryFlags::empty(), known, CHANGED);
             }
             // The same frame again and again.
             Operation::Page { release } if self.scenario.late => {
@@ -416,9 +426,10 @@ impl<'a, const CAPACITY: usize> Machine<'a, CAPACITY> {
     }
 
     /// An entry changes, and that is told late.
-    fn change(&self, entry: usize, value: u32, defer: bool) {
+    fn change(&self, entry: usize, value: u32, flags: EntryFlags, known: u32, note: u32) {
         let update = Update::UpdatePxE(entry_address(entry), value << 12);
-        self.begun.set(Some(Begun::Change(entry, value, !defer, update)));
+        let update = Update { low: note, ..update };
+        self.begun.set(Some(Begun::Change(entry, value, flags, known, update)));
         self.take(update);
     }
 
@@ -435,11 +446,10 @@ impl<'a, const CAPACITY: usize> Machine<'a, CAPACITY> {
     }
 
     fn take(&self, update: Update) {
-        if let Some(Begun::Change(_, value, is_used_now, _)) = self.begun.get() {
+        if let Some(Begun::Change(_, _, flags, known, _)) = self.begun.get() {
             // As an entry of the image does it.
-            let flags = if is_used_now { EntryFlags::CURRENT_AS } else { EntryFlags::empty() };
             let mask = self.queue.begin(self);
-            let change = (value, flags.bits());
+            let change = (known, flags.bits());
             self.queue.submit_late(self, update, change, || self.queue.flush(self));
             self.queue.end(self, mask);
         } else {
@@ -457,7 +467,10 @@ impl<'a, const CAPACITY: usize> Machine<'a, CAPACITY> {
         let call = number.call().expect("in the table");
         let target = self.order.borrow().len();
         // Told late, a page fault is looked at in memory, unless CR3 waits to be loaded.
-        let is_due = number != number::GetCR2 || !self.scenario.late || self.mode.get() == 2;
+        let is_due = number != number::GetCR2
+            || !self.scenario.late
+            || self.mode.get() == 2
+            || self.scenario.quiet && self.is_missed(!0);
         self.queue.call(self, call, effect);
         if is_due {
             self.expect_visible(target, call.name);
@@ -470,9 +483,17 @@ impl<'a, const CAPACITY: usize> Machine<'a, CAPACITY> {
         self.expect_visible(target, call.name);
     }
 
+    /// Whether an entry waits with a note that has one of these bits.
+    fn is_missed(&self, bits: u32) -> bool {
+        let order = self.order.borrow();
+        let mut waiting = order[self.reached.get().min(order.len())..].iter();
+        waiting.any(|update| update.call == number::UpdatePxE && update.low & bits != 0)
+    }
+
     /// The machine that sees everything at once sees what was begun: at the latest when the call returns, and otherwise
     /// when it disables interrupts, since nobody can come in between from there.
     fn see(&self) -> Seen {
+        let is_missed = self.scenario.quiet && self.is_missed(PRESENT as u32);
         let mut order = self.order.borrow_mut();
         let mode = self.mode.get();
         let settles = match self.begun.take() {
@@ -480,17 +501,21 @@ impl<'a, const CAPACITY: usize> Machine<'a, CAPACITY> {
             Some(Begun::SetLazyMode(new)) => {
                 self.mode.set(new);
                 let leaves = mode != 0 && mode != new;
-                if self.scenario.late { mode == 2 && leaves } else { new == 0 || leaves }
+                match self.scenario.late {
+                    true => leaves && (mode == 2 || mode == 1 && is_missed),
+                    false => new == 0 || leaves,
+                }
             }
-            Some(Begun::Change(entry, value, is_used_now, update)) => {
-                let is_present = u64::from(value) & PRESENT != 0;
+            Some(Begun::Change(entry, value, flags, known, update)) => {
+                let is_present = u64::from(known) & PRESENT != 0;
+                let is_used = self.scenario.quiet || flags.contains(EntryFlags::CURRENT_AS);
                 let value = value.into();
                 for state in [&self.reference, &self.processor] {
                     state.borrow_mut().entries[entry] = value;
                 }
                 self.possible.borrow_mut()[entry].push(value);
                 order.push(update);
-                is_used_now && is_present && mode != 1
+                is_used && is_present && mode != 1
             }
             Some(Begun::Update(update)) => {
                 order.push(update);
@@ -540,7 +565,12 @@ impl<'a, const CAPACITY: usize> Machine<'a, CAPACITY> {
     fn access(&self, entry: usize) {
         if !self.translates(entry) {
             self.call(number::GetCR2, || {
-                self.translates(entry);
+                let is_there = self.translates(entry);
+                let is_present = self.processor.borrow().entries[entry] & PRESENT != 0;
+                let is_well = is_there || !is_present || self.is_stopped.get();
+                self.check(!self.scenario.quiet || is_well, || {
+                    "the page fault of an entry that is present comes again".into()
+                });
             });
         }
     }
@@ -549,6 +579,11 @@ impl<'a, const CAPACITY: usize> Machine<'a, CAPACITY> {
     fn translates(&self, entry: usize) -> bool {
         let cached = self.tlb.borrow()[entry];
         let made = self.shadow.borrow()[entry];
+        // Nobody but the guest sees a page fault that is quiet. An entry that waits may raise one, and then its update is due.
+        let is_fault = self.scenario.quiet && cached.or(made).is_none();
+        if is_fault {
+            return false;
+        }
         let used = cached.or(made).unwrap_or_else(|| self.processor.borrow().entries[entry]);
         let possible = &self.possible.borrow()[entry];
         self.check(self.is_stopped.get() || possible.contains(&used), || {

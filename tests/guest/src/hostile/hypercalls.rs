@@ -11,12 +11,13 @@ use crate::processor;
 use crate::segments::{USER_CODE as USER_CODE_SELECTOR, USER_DATA};
 use crate::session::FIXED_FLAG;
 use vmi_abi::number;
-use vmi_hv_backend::reference::interface::{Counters, Hypercall, PHYSICAL, Status};
+use vmi_hv_backend::reference::interface::{Counters, Hypercall, MAP_BYTES, PHYSICAL, Status};
 use vmi_hv_backend::{CallNumber, Update};
 
 const APPLY: u32 = Hypercall::Apply as u32;
 const READ_COUNTERS: u32 = Hypercall::ReadCounters as u32;
 const STOP: u32 = Hypercall::Stop as u32;
+const BE_QUIET: u32 = Hypercall::BeQuiet as u32;
 
 /// Bytes of an update.
 const UPDATE: u32 = size_of::<Update>() as u32;
@@ -169,6 +170,14 @@ pub(super) fn malformed(trial: &mut Trial<'_>) {
     for offset in [1, 2, 3, 5, 6, 7, 9, 4095] {
         refused(trial, APPLY, buffer() + offset, 1);
         refused(trial, READ_COUNTERS, buffer() + offset, 8);
+    }
+    // A map that is not the guest's memory, or in two pages, or of another size. With nested paging there is none.
+    let no_map = [Status::BadBuffer, Status::UnknownHypercall];
+    for address in edges.into_iter().chain([1, 2, PAGE - MAP_BYTES + 4].map(|by| buffer() + by)) {
+        trial.refused(BE_QUIET, address, MAP_BYTES, &no_map);
+    }
+    for bytes in [0, 1, MAP_BYTES - 4, MAP_BYTES + 4, PAGE, u32::MAX] {
+        trial.refused(BE_QUIET, buffer(), bytes, &no_map);
     }
     // A range that begins in the guest's memory and runs into what is not, or round the end.
     for length in [0x200, 0x400] {

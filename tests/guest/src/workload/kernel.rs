@@ -8,7 +8,7 @@
 
 use crate::boot::PAGE_OFFSET;
 use crate::checks::own_code;
-use crate::paging::{Mode, PAGE, Space, WRITE};
+use crate::paging::{Mode, PAGE, PRESENT, Space, WRITE};
 use crate::rom::Rom;
 use crate::segments::{GDT, TASK_STATE};
 use core::arch::asm;
@@ -157,6 +157,26 @@ impl Kernel {
         if CALLS.is_bound(number::AllocatePage) {
             // SAFETY: the frame is a table of the caller's.
             unsafe { CALLS.AllocatePage(table / PAGE, self.page_flags(level), 0, 0, 0) };
+        }
+    }
+
+    /// Tells of all tables of a space, as a kernel does that has made them itself; the top level of PAE is none that is told of.
+    pub(super) fn announce_all(self, space: Space) {
+        const FRAME: u64 = 0xffff_f000;
+        let announce = |entry: u64, level| {
+            if entry & PRESENT != 0 {
+                self.announce((entry & FRAME) as u32, level);
+            }
+        };
+        match self.mode {
+            Mode::NonPae => self.announce(space.cr3(), PageFlags::PD),
+            Mode::Pae => {
+                (0..4)
+                    .for_each(|index| announce(space.load(space.top_entry(index)), PageFlags::PD));
+            }
+        }
+        for linear in (0..=u32::MAX).step_by(self.mode.table_span() as usize) {
+            announce(space.load(space.directory_entry(linear)), PageFlags::PT);
         }
     }
 

@@ -5,7 +5,7 @@ use crate::shadow::machine::{
     DEVICE, HIDDEN, MEMORY, NOTHING, ROM, Ram, is_hidden, registers, shadow,
 };
 use crate::shadow::tests::{Numbers, frame_update};
-use crate::walk::{ACCESSED, CR0_PAGING, LARGE, NO_EXECUTE, USER, WRITABLE};
+use crate::walk::{ACCESSED, CR0_PAGING, DIRTY, LARGE, NO_EXECUTE, USER, WRITABLE};
 use std::vec::Vec;
 use vmi_hv_backend::reference::interface::{BATCH_LIMIT, PHYSICAL};
 
@@ -55,6 +55,7 @@ impl Guest {
             is_hidden,
             limit: BATCH_LIMIT,
             counters: &mut self.counters,
+            quiet: None,
         }
     }
 
@@ -293,11 +294,11 @@ fn what_is_no_hypercall_is_refused_at_once() {
     for _ in 0..1000 {
         let (ebx, ecx) = (numbers.next() as u32, numbers.next() as u32);
         let eax = numbers.next() as u32;
-        if eax > 3 {
+        if eax > 4 {
             let outcome = guest.call(eax, ebx, ecx);
             assert_eq!(outcome, Outcome::Return(Status::UnknownHypercall, 0));
         }
-        let call = Call { eax: eax % 4, ebx, ecx, cpl: 1 + (eax >> 8) as u8 % 3 };
+        let call = Call { eax: eax % 5, ebx, ecx, cpl: 1 + (eax >> 8) as u8 % 3 };
         assert_eq!(guest.machine().call(call), Outcome::Return(Status::NotPrivileged, 0));
         let outcome = guest.call(1, ebx, BATCH_LIMIT + 1 + ecx % 1000);
         assert_eq!(outcome, Outcome::Return(Status::TooLong, 0));
@@ -345,6 +346,75 @@ fn a_buffer_lies_in_memory_with_all_its_bytes() {
     assert_eq!(guest.call(3, (DEVICE * FRAME) as u32 - 8, 8), stop);
 }
 
+#[test]
+fn page_faults_are_quiet_behind_a_batch_that_is_all_there_is() {
+    const MAP: u32 = FREE + 8;
+    let done = Outcome::Return(Status::Done, 0);
+    for pae in [false, true] {
+        let mut guest = Guest::new(pae, false);
+        let call = |guest: &mut Guest, quiet: &mut Quiet, eax, ebx, ecx| {
+            let mut machine = Machine { quiet: Some(quiet), ..guest.machine() };
+            machine.call(Call { eax, ebx, ecx, cpl: 0 })
+        };
+        let none = Outcome::Return(Status::UnknownHypercall, 0);
+        assert_eq!(guest.call(4, MAP, MAP_BYTES), none, "not offered");
+
+        let mut quiet = Quiet::default();
+        let bad = Outcome::Return(Status::BadBuffer, 0);
+        for (address, bytes) in [
+            (MAP + 1, MAP_BYTES),
+            (MAP, MAP_BYTES + 4),
+            (MAP, 0),
+            (FREE + FRAME as u32 - MAP_BYTES + 4, MAP_BYTES),
+            ((ROM * FRAME) as u32, MAP_BYTES),
+            ((DEVICE * FRAME) as u32, MAP_BYTES),
+            (0xffff_ff80, MAP_BYTES),
+        ] {
+            assert_eq!(call(&mut guest, &mut quiet, 4, address, bytes), bad, "{address:#x}");
+            assert_eq!(quiet, Quiet::default());
+        }
+        for frame in 0..MAPPED {
+            let value = if frame < MEMORY { (frame * FRAME) | OPEN | DIRTY } else { 0 };
+            let size = guest.size();
+            guest.ram.put(2 * FRAME + frame * u64::from(size), size as usize, value);
+        }
+        guest.ram.put(MAP.into(), 8, u64::MAX);
+        assert_eq!(call(&mut guest, &mut quiet, 4, MAP, MAP_BYTES), done);
+        assert_eq!(guest.ram.read(MAP.into(), 8), Some(0));
+
+        // In the page of the map, and elsewhere.
+        let (all, some) = (FREE + 0x200, FREE + FRAME as u32);
+        let map = |guest: &Guest| guest.ram.read(MAP.into(), 8).unwrap_or(0);
+        let announce = [1, 2].map(|frame| frame_update(number::AllocatePage, frame));
+        let flush = [frame_update(number::FlushTLB, 0)];
+        let cr3 = Update::SetCR3(guest.registers.cr3);
+        let lost = [guest.set(2 * FRAME as u32, OPEN | DIRTY | (ROM * FRAME))];
+        let found = [guest.set(2 * FRAME as u32, 0)];
+        let wrong = [frame_update(CallNumber(0), 0)];
+        for (what, place, updates, is_quiet) in [
+            ("not announced", all, &flush[..], false),
+            ("announced", some, &announce, false),
+            ("loaded elsewhere", some, &[cr3], false),
+            ("loaded", all, &[cr3], true),
+            ("again elsewhere", some, &flush, false),
+            ("again", all, &flush, true),
+            ("something missing", all, &lost, false),
+            ("nothing missing", all, &found, true),
+            ("refused", all, &wrong, false),
+            ("refused before", all, &flush, false),
+        ] {
+            guest.put(place, updates);
+            let _ = call(&mut guest, &mut quiet, 1, place, updates.len() as u32);
+            assert_eq!(
+                (quiet.now, map(&guest) & 6),
+                (is_quiet, if is_quiet { 6 } else { 0 }),
+                "{what}"
+            );
+            assert_eq!(map(&guest) & !6, 0, "{what}");
+        }
+    }
+}
+
 /// Memory at each address, full of zeroes.
 struct Everywhere;
 
@@ -371,6 +441,7 @@ fn a_buffer_ends_at_4_gib_even_where_memory_does_not() {
         is_hidden,
         limit: BATCH_LIMIT,
         counters: &mut { Counters::ZERO },
+        quiet: None,
     };
     let mut call = |eax, ebx, ecx| machine.call(Call { eax, ebx, ecx, cpl: 0 });
     let bad = Outcome::Return(Status::BadBuffer, 0);

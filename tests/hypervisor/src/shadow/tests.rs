@@ -1,6 +1,7 @@
 //! The shadow against the guest's own translation.
 
 mod late;
+pub(crate) mod quiet;
 
 use super::machine::*;
 use super::*;
@@ -276,6 +277,7 @@ impl World {
             is_hidden,
             limit: 128,
             counters,
+            quiet: None,
         };
         let _ = machine.apply(updates);
     }
