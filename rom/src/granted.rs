@@ -48,4 +48,32 @@ macro_rules! entries {
     )* };
 }
 
-pub(crate) use entries;
+/// Emits, for each call, the distance from its own place to the call's code; 0 where there is none. The module that uses it says where
+/// the code begins, by a constant function `row`: bytes behind the entry, or -1; and, by a macro `table`, under which name the list lies.
+macro_rules! emit_entries {
+    (
+        revision_3_0 { $( #[doc = $summary:literal] $name:ident = $number:literal => $contract:expr )* }
+        only_13 { $($old:tt)* }
+    ) => {
+        core::arch::global_asm!(
+            ".pushsection .rom.table, \"ax\", @progbits",
+            ".balign 4",
+            concat!(".globl ", table!()),
+            concat!(".hidden ", table!()),
+            concat!(table!(), ":"),
+            concat!($(
+                ".if {", stringify!($number), "} >= 0\n",
+                ".long {", stringify!($name), "} - . + {", stringify!($number), "}\n",
+                ".else\n",
+                ".long 0\n",
+                ".endif\n",
+            )*),
+            ".popsection",
+            $( const row(number::$name), )*
+            $( $name = sym $name, )*
+            options(att_syntax),
+        );
+    };
+}
+
+pub(crate) use {emit_entries, entries};

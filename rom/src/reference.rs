@@ -14,8 +14,8 @@
 )]
 #![expect(non_snake_case, reason = "the specification's names")]
 
-use crate::granted::{DISTANCE, entries, granted};
-use core::arch::{asm, global_asm, naked_asm};
+use crate::granted::{DISTANCE, emit_entries, entries, granted};
+use core::arch::{asm, naked_asm};
 use core::cell::Cell;
 use core::mem::{MaybeUninit, offset_of};
 use core::ptr::{with_exposed_provenance, with_exposed_provenance_mut};
@@ -451,29 +451,14 @@ const _: () = {
     }
 };
 
-/// Emits, for each call, the distance from its own place to the call's entry; 0 where the native answer holds.
-macro_rules! emit_entries {
-    (
-        revision_3_0 { $( #[doc = $summary:literal] $name:ident = $number:literal => $contract:expr )* }
-        only_13 { $($old:tt)* }
-    ) => {
-        global_asm!(
-            ".pushsection .rom.table, \"ax\", @progbits",
-            ".balign 4",
-            ".globl entries",
-            ".hidden entries",
-            "entries:",
-            $(
-                concat!(".if {} # ", stringify!($name)),
-                ".long {} - .",
-                ".else",
-                ".long 0",
-                ".endif",
-            )*
-            ".popsection",
-            $( const Reference::is_served(number::$name) as u8, sym $name, )*
-            options(att_syntax),
-        );
+/// Where the code of a call begins, if it has an entry here. Elsewhere the native answer holds.
+const fn row(number: CallNumber) -> i32 {
+    if Reference::is_served(number) { 0 } else { -1 }
+}
+
+macro_rules! table {
+    () => {
+        "entries"
     };
 }
 

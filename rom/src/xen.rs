@@ -15,9 +15,9 @@
 
 mod waiting;
 
-use crate::granted::{DISTANCE, entries, granted};
+use crate::granted::{DISTANCE, emit_entries, entries, granted};
 use crate::reference;
-use core::arch::{asm, global_asm, naked_asm};
+use core::arch::{asm, naked_asm};
 use core::ptr::{with_exposed_provenance, with_exposed_provenance_mut};
 use vmi_abi::state::DescriptorTable;
 use vmi_abi::{CALLS_3_0, for_each_call, number};
@@ -595,43 +595,22 @@ routines! {
     }
 }
 
-/// Whether a call has an entry, native code or nothing; how far behind its native entry the code begins that leaves its site alone.
-const fn row(number: vmi_abi::CallNumber) -> (bool, bool, u8) {
-    let call = &CALLS_3_0[number.0 as usize];
-    let plain = if is_short(call) { SHORT_PLAIN } else { 0 };
-    (Xen::is_served(number), Xen::is_native(number), plain)
+/// Where the code of a call begins, behind its entry or its native code: that is where it leaves its site alone. A call without either is
+/// answered NONE.
+const fn row(number: vmi_abi::CallNumber) -> i32 {
+    if Xen::is_served(number) {
+        0
+    } else if Xen::is_native(number) {
+        let is_short = is_short(&CALLS_3_0[number.0 as usize]);
+        if is_short { SHORT_PLAIN as i32 } else { 0 }
+    } else {
+        -1
+    }
 }
 
-/// Emits, for each call, the distance from its own place to the call's code; 0 where it is answered NONE.
-macro_rules! emit_entries {
-    (
-        revision_3_0 { $( #[doc = $summary:literal] $name:ident = $number:literal => $contract:expr )* }
-        only_13 { $($old:tt)* }
-    ) => {
-        global_asm!(
-            ".pushsection .rom.table, \"ax\", @progbits",
-            ".balign 4",
-            ".globl xen_entries",
-            ".hidden xen_entries",
-            "xen_entries:",
-            concat!($(
-                ".if {", stringify!($number), "} >= 0\n",
-                ".long {", stringify!($name), "} - . + {", stringify!($number), "}\n",
-                ".else\n",
-                ".long 0\n",
-                ".endif\n",
-            )*),
-            ".popsection",
-            $( const {
-                match row(number::$name) {
-                    (true, ..) => 0,
-                    (_, true, plain) => plain as i32,
-                    _ => -1,
-                }
-            }, )*
-            $( $name = sym $name, )*
-            options(att_syntax),
-        );
+macro_rules! table {
+    () => {
+        "xen_entries"
     };
 }
 
