@@ -65,8 +65,10 @@ fn calls_with_nested_paging() -> Result<()> {
 /// The pieces of work that change many entries.
 const BULK: [&str; 3] = ["fork", "mmap, touch, munmap", "mprotect"];
 
-/// The piece that changes few entries, and takes page faults that are the guest's own, which need no exit.
-const PROGRAM: &str = "fork, exec, exit";
+/// The pieces whose page faults are the guest's own, which need no exit, and how many times fewer exits they take for that with
+/// 32-bit entries and with PAE: a small shell has few entries to change, a big one many.
+const PROGRAMS: [(&str, u64, u64); 2] =
+    [("fork, exec, exit", 3, 5), ("fork, exec, exit, 1 MiB", 12, 20)];
 
 /// What VMI is for: a tenth of the exits where tables change in bulk, 32 entries or more with each exit, and no more
 /// than one exit for a context switch. And what it is not: an exit for each entry, where nothing may wait.
@@ -77,7 +79,7 @@ fn a_kernels_work_takes_few_exits() -> Result<()> {
         .map(|mode| passes(mode, Paging::Shadow, Task::Workload))
         .collect::<Result<Vec<_>>>()?;
     let comparisons = Comparison::of(&runs);
-    assert_eq!(comparisons.len(), 2 * (BULK.len() + 2), "{comparisons:#?}");
+    assert_eq!(comparisons.len(), 2 * (BULK.len() + PROGRAMS.len() + 1), "{comparisons:#?}");
     for comparison in &comparisons {
         let cost = |mode| comparison.cost(mode).with_context(|| format!("{comparison:#?}"));
         let (trap, told, batched) = (cost(Mode::Trap)?, cost(Mode::Vmi)?, cost(Mode::VmiBatched)?);
@@ -93,14 +95,16 @@ fn a_kernels_work_takes_few_exits() -> Result<()> {
             assert!(told.counters.hypercalls == told.counters.updates, "{comparison:#?}");
             let least = batched.counters.updates.div_ceil(BATCH_LIMIT.into());
             assert!(batched.counters.hypercalls >= least, "{comparison:#?}");
-        } else if comparison.name == PROGRAM {
+        } else if let Some((_, short, long)) =
+            PROGRAMS.iter().find(|(name, ..)| *name == comparison.name)
+        {
             // Its page faults are the guest's own affair. What it then maps is told with an exit each, but few besides.
             let faults = |line: &WorkloadLine| line.counters.guest_page_faults;
             assert!(faults(trap) == faults(told) && faults(trap) > 0, "{comparison:#?}");
             assert_eq!(faults(batched) + batched.counters.shadow_fills, 0, "{comparison:#?}");
             let operations = u64::from(batched.operations);
-            assert!(exits(batched) <= faults(trap) + 12 * operations, "{comparison:#?}");
-            let factor = if comparison.guest_mode == "PAE" { 5 } else { 3 };
+            assert!(exits(batched) <= faults(trap) + 16 * operations, "{comparison:#?}");
+            let factor = if comparison.guest_mode == "PAE" { long } else { short };
             assert!(exits(batched) * factor <= exits(trap), "{comparison:#?}");
         } else {
             assert!(exits(batched) <= batched.operations.into(), "{comparison:#?}");

@@ -49,9 +49,10 @@ struct Workload {
     round: fn(&mut Stage, &mut Problems) -> Sample,
 }
 
-const WORKLOADS: [Workload; 5] = [
+const WORKLOADS: [Workload; 6] = [
     Workload { name: "fork", operations: 1, round: fork },
     Workload { name: "fork, exec, exit", operations: 1, round: start_program },
+    Workload { name: "fork, exec, exit, 1 MiB", operations: 1, round: start_program_of_big_shell },
     Workload { name: "mmap, touch, munmap", operations: 1, round: map_and_unmap },
     Workload { name: "mprotect", operations: 2, round: protect },
     Workload { name: "context switch", operations: SWITCHES, round: switch_contexts },
@@ -77,8 +78,9 @@ struct Stage {
     other_program: u32,
     /// Frames for copied pages.
     copies: u32,
-    /// A process that starts programs.
+    /// Processes that start programs.
     shell: Shell,
+    big_shell: Shell,
     round: u32,
 }
 
@@ -164,7 +166,9 @@ impl Stage {
         process.map(PROGRAM, program, &mut memory);
         process.map(LIBRARIES, libraries, &mut memory);
         other.map(Area { pages: TOUCHED, ..PROGRAM }, other_program, &mut memory);
-        let shell = Shell::new(kernel, swapper, &mut memory);
+        let shell = Shell::new(kernel, swapper, &mut memory, None);
+        // Nobody uses both at once.
+        let big_shell = Shell::new(kernel, swapper, &mut memory, Some(mapping));
         let hypervisor = Hypervisor::find();
         let reading = Counters::ZERO;
         let round = 0;
@@ -182,6 +186,7 @@ impl Stage {
             other_program,
             copies,
             shell,
+            big_shell,
             round,
         };
         // The first time warms up.
@@ -197,6 +202,7 @@ impl Stage {
         self.process.exit(&mut self.memory);
         self.other.exit(&mut self.memory);
         self.shell.exit(&mut self.memory);
+        self.big_shell.exit(&mut self.memory);
     }
 
     /// Does something, and says what it cost.
@@ -285,11 +291,28 @@ fn fork(stage: &mut Stage, problems: &mut Problems) -> Sample {
 
 /// A shell starts a small program: the child of a fork becomes it, runs for a moment and ends.
 fn start_program(stage: &mut Stage, problems: &mut Problems) -> Sample {
+    start(stage, |stage| (&mut stage.shell, &mut stage.memory), problems)
+}
+
+/// The same for a shell with a MiB of its own, which the fork copies.
+fn start_program_of_big_shell(stage: &mut Stage, problems: &mut Problems) -> Sample {
+    start(stage, |stage| (&mut stage.big_shell, &mut stage.memory), problems)
+}
+
+fn start(
+    stage: &mut Stage,
+    parts: fn(&mut Stage) -> (&mut Shell, &mut Memory),
+    problems: &mut Problems,
+) -> Sample {
     let first = 0x1000_0000 * (stage.round + 1);
-    let process = stage.process;
-    stage.switch_to(stage.shell.process);
+    let (process, swapper) = (stage.process, stage.swapper);
+    let shells = parts(stage).0.process;
+    stage.switch_to(shells);
+    let (shell, memory) = parts(stage);
+    shell.write_all(memory, problems);
     let sample = stage.counted(|stage| {
-        stage.shell.start(first, stage.swapper, &mut stage.memory, problems);
+        let (shell, memory) = parts(stage);
+        shell.start(first, swapper, memory, problems);
     });
     stage.switch_to(process);
     sample

@@ -5,7 +5,7 @@
 
 use super::kernel::Kernel;
 use super::process::{Area, FILE_BITS, KERNEL, Memory, PAGE_BITS, Process, mark, set_word, word};
-use super::{reads, writes};
+use super::{TOUCHED, reads, sees, writes};
 use crate::paging::{ACCESSED, DIRTY, PAGE, PRESENT, Space, WRITE};
 use crate::report::Problems;
 use spin::Mutex;
@@ -17,10 +17,8 @@ const DATA: Area = Area { start: TEXT.start + TEXT.pages * PAGE, pages: 4 };
 const HEAP: Area = Area { start: DATA.start + DATA.pages * PAGE, pages: 6 };
 const STACK: Area = Area { start: 0xbfff_b000, pages: 4 };
 
-const AREAS: [Area; 4] = [TEXT, DATA, HEAP, STACK];
-
-/// What a fork copies. The pages of the text come again by page faults.
-const OWN: [Area; 3] = [DATA, HEAP, STACK];
+/// A MiB that a big shell has besides, which it has written to.
+pub(super) const MORE: Area = Area { start: 0x0900_0000, pages: 256 };
 
 /// Frames for pages that are written to.
 const FRAMES: usize = 48;
@@ -63,7 +61,7 @@ impl Store {
 
     /// One more space, or one less, has the frames of a space.
     fn count(&mut self, process: Process, comes: bool) {
-        for linear in OWN.into_iter().flat_map(Area::addresses) {
+        for linear in [DATA, HEAP, STACK].into_iter().flat_map(Area::addresses) {
             if let Some(users) = frame_of(process, linear).and_then(|frame| self.users(frame)) {
                 *users = if comes { *users + 1 } else { *users - 1 };
             }
@@ -89,14 +87,21 @@ fn written(process: Process, linear: u32) -> Option<u32> {
 pub(super) struct Shell {
     pub(super) process: Process,
     store: Store,
+    /// The first frame of [`MORE`], if it is big.
+    more: Option<u32>,
 }
 
 impl Shell {
-    pub(super) fn new(kernel: Kernel, swapper: Space, memory: &mut Memory) -> Self {
+    pub(super) fn new(
+        kernel: Kernel,
+        swapper: Space,
+        memory: &mut Memory,
+        more: Option<u32>,
+    ) -> Self {
         let process = Process::new(kernel, swapper, memory);
         let file = memory.take(TEXT.pages + DATA.pages);
         let mut store = Store { file, first: memory.take(FRAMES as u32), users: [0; FRAMES] };
-        for area in AREAS {
+        for area in [TEXT, DATA, HEAP, STACK] {
             process.provide_table(area.start, memory);
             for linear in area.addresses() {
                 let from_file = store.page_of_file(linear);
@@ -107,12 +112,32 @@ impl Shell {
                 kernel.set(process.space.entry(linear), value, process.flags(linear));
             }
         }
-        Self { process, store }
+        Self { process, store, more }
+    }
+
+    /// All that it may have.
+    fn areas(&self) -> [Area; 5] {
+        [
+            TEXT,
+            DATA,
+            HEAP,
+            STACK,
+            Area { pages: if self.more.is_some() { MORE.pages } else { 0 }, ..MORE },
+        ]
+    }
+
+    /// What it has besides is its own again, as if it had run for long. It is the current process.
+    pub(super) fn write_all(&self, memory: &mut Memory, problems: &mut Problems) {
+        if let Some(frame) = self.more {
+            self.process.map(MORE, frame, memory);
+            self.process.kernel.flush();
+            writes(MORE, MORE.pages, 0, None, problems);
+        }
     }
 
     /// The end; another space is current.
     pub(super) fn exit(self, memory: &mut Memory) {
-        self.process.empty(&AREAS, memory);
+        self.process.empty(&self.areas(), memory);
         self.process.kernel.flush();
         self.process.free(memory);
     }
@@ -126,9 +151,12 @@ impl Shell {
         problems: &mut Problems,
     ) {
         let (shell, kernel) = (self.process, self.process.kernel);
+        let (areas, more) = (self.areas(), self.more);
+        // The pages of the text come again by page faults.
+        let [_, copied @ ..] = &areas;
         let mut user = User { store: &mut self.store, memory, problems, process: shell, faults: 0 };
 
-        let child = shell.fork(&OWN, swapper, user.memory);
+        let child = shell.fork(copied, swapper, user.memory);
         user.store.count(child, true);
         user.writes(STACK.page(3), first);
         user.writes(DATA.page(0), first + 1);
@@ -144,6 +172,9 @@ impl Shell {
         user.writes(DATA.page(1), first + 3);
         user.reads(HEAP.page(0), 0);
         user.reads(HEAP.page(1), 0);
+        if let Some(frame) = more {
+            sees(MORE, TOUCHED, frame, user.problems);
+        }
 
         // Exec: the arguments are in the new stack before the space is entered, and move once the stack's place is known.
         let program = Process::new(kernel, swapper, user.memory);
@@ -154,7 +185,7 @@ impl Shell {
         kernel.set(program.space.entry(before), value, program.flags(before));
         kernel.enter(program.space);
         user.store.count(child, false);
-        child.empty(&AREAS, user.memory);
+        child.empty(&areas, user.memory);
         child.free(user.memory);
         kernel.lazily(LazyMode::MMU, || {
             let value = kernel.get_and_clear(program.space.entry(before), program.flags(before));
@@ -189,13 +220,16 @@ impl Shell {
         user.landed("program", &of_program, first);
 
         user.store.count(program, false);
-        program.empty(&AREAS, user.memory);
+        program.empty(&areas, user.memory);
         kernel.flush();
         go_to(shell);
         program.free(user.memory);
         user.process = shell;
         user.writes(DATA.page(2), first + 12);
         user.writes(STACK.page(2), first + 13);
+        if let Some(frame) = more {
+            sees(MORE, TOUCHED, frame, user.problems);
+        }
         let of_shell =
             [(STACK.page(3), 0), (DATA.page(0), 1), (DATA.page(2), 12), (STACK.page(2), 13)];
         user.landed("shell", &of_shell, first);
