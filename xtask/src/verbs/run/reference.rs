@@ -240,7 +240,16 @@ fn causes(comparisons: &[Comparison<'_>]) -> String {
             table.row(row);
         }
     }
-    table.render()
+    let faults = |comparison: &Comparison<'_>, mode| {
+        comparison.cost(mode).map_or(0, |line| line.counters.guest_page_faults)
+    };
+    let is_quiet = comparisons.iter().any(|comparison| {
+        comparison.cost(Mode::VmiBatched).is_some()
+            && faults(comparison, Mode::VmiBatched) == 0
+            && faults(comparison, Mode::Trap) > 0
+    });
+    let note = "vmi-batched: page faults of the guest's own are quiet, so they are no exits and nobody counts them\n";
+    table.render() + if is_quiet { note } else { "" }
 }
 
 /// The modes that were compared.
