@@ -267,6 +267,22 @@ fn run_refuses_what_its_host_does_not_take() {
 }
 
 #[test]
+fn run_and_compare_refuse_what_is_no_kernel() {
+    let missing = std::path::PathBuf::from("no-such-file");
+    for (file, words) in [(good(), "no HdrS at 202h"), (missing, "there is no file")] {
+        for verb in [&["compare"][..], &["run"], &["run", "--on", "reference"]] {
+            let mut line: Vec<&dyn AsRef<std::ffi::OsStr>> = vec![];
+            line.extend(verb.iter().map(|word| word as &dyn AsRef<std::ffi::OsStr>));
+            line.extend([&"--kernel" as &dyn AsRef<std::ffi::OsStr>, &file]);
+            let output = run(&line);
+            assert_eq!(output.status.code(), Some(1), "{output:?}");
+            let said = text(&output.stderr);
+            assert!(said.contains(words) && said.contains(&*file.to_string_lossy()), "{said}");
+        }
+    }
+}
+
+#[test]
 fn run_and_compare_refuse_what_is_no_rom() {
     let (_folder, unreadable) = unreadable();
     let is_plain = |words: &str| {

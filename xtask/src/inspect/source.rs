@@ -8,7 +8,7 @@
 mod container;
 mod dev_mem;
 mod gdb;
-mod kernel;
+pub mod kernel;
 mod qmp;
 mod scan;
 #[cfg(test)]

@@ -4,15 +4,16 @@ use crate::artifacts;
 use crate::build::Tools;
 use crate::hypervisor::{self, End, Mode, PREFIX, Paging};
 use crate::inspect::Rom;
+use crate::inspect::source::kernel::{HEAD, is_kernel};
 use crate::linux::{self, Below, Boot, Booted};
 use crate::progress::Progress;
-use crate::table::{Align, BAD, Cell, DIM, GOOD, HEAD, Table};
+use crate::table::{self, Align, BAD, Cell, DIM, GOOD, Table};
 use crate::toolchain::Findings;
 use crate::trace::{self, Record};
 use crate::{build, tap};
 use anyhow::{Context, Result, bail};
 use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::{BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -31,13 +32,20 @@ pub(super) struct GuestOptions {
 }
 
 impl GuestOptions {
-    /// Fails if the kernel or its initramfs is not there.
+    /// Fails if the kernel or its initramfs is not there, or the kernel is none.
     pub(super) fn files_are_there(&self, kernel: &Path) -> Result<()> {
         let mut files = [Some(kernel), self.initrd.as_deref()].into_iter().flatten();
-        match files.find(|file| !file.is_file()) {
-            Some(file) => bail!("there is no file {}", file.display()),
-            None => Ok(()),
+        if let Some(file) = files.find(|file| !file.is_file()) {
+            bail!("there is no file {}", file.display());
         }
+        let mut head = Vec::new();
+        let name = || kernel.display().to_string();
+        let file = File::open(kernel).with_context(name)?;
+        file.take(HEAD).read_to_end(&mut head).with_context(name)?;
+        if !is_kernel(&head) {
+            bail!("{}: no kernel for Linux's boot protocol, no HdrS at 202h", kernel.display());
+        }
+        Ok(())
     }
 
     /// The initramfs: the user's, or ours.
@@ -243,7 +251,7 @@ fn counters(boots: &[Named]) -> String {
             },
         }));
         if let Some(ratio) = ratio(boots, |counters| value(counters, index)) {
-            row.push(Cell::new(format!("{ratio:.1}"), HEAD));
+            row.push(Cell::new(format!("{ratio:.1}"), table::HEAD));
         }
         table.row(row);
     }

@@ -8,7 +8,7 @@ use super::unpack::{self, Compression};
 use super::{Found, SourceError, container};
 
 /// Bytes in which everything lies that tells what a file is.
-pub(super) const HEAD: u64 = 0x250;
+pub const HEAD: u64 = 0x250;
 
 /// The setup part's signature, and where it is.
 const SIGNATURE: (usize, &[u8]) = (0x202, b"HdrS");
@@ -41,7 +41,8 @@ const MOST_PLACES: usize = 8;
 const LENGTH: usize = 4;
 
 /// Whether a file starts as a kernel's image does.
-pub(super) fn is_kernel(head: &[u8]) -> bool {
+#[must_use]
+pub fn is_kernel(head: &[u8]) -> bool {
     head.get(SIGNATURE.0..).is_some_and(|bytes| bytes.starts_with(SIGNATURE.1))
 }
 
