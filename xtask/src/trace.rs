@@ -84,6 +84,12 @@ impl Track {
         (Self::Spaces, "address spaces"),
         (Self::Delivered, "delivered"),
     ];
+
+    /// Its thread in a process. Viewers take the thread that has the number of its process for the main one, and a system
+    /// gives each number once: so none is that of a process or of a thread elsewhere.
+    const fn of(self, process: usize) -> usize {
+        process * 10 + self as usize
+    }
 }
 
 /// Writes events one after the other.
@@ -106,12 +112,25 @@ impl<W: Write> Events<W> {
         track: Track,
         name: &str,
         (start, end): (u64, u64),
-        args: serde_json::Value,
+        args: Option<serde_json::Value>,
     ) -> Result<()> {
         let duration = microseconds(end.saturating_sub(start));
+        let mut event = json!({
+            "ph": "X", "pid": self.process, "tid": track.of(self.process), "name": name,
+            "ts": microseconds(start), "dur": duration,
+        });
+        if let Some(args) = args {
+            event["args"] = args;
+        }
+        self.put(&event)
+    }
+
+    /// Where an address space begins or ends. One ends where the next begins, to the tick. As events that last they would
+    /// overlap: viewers add start and duration in floating point.
+    fn border(&mut self, phase: &str, cr3: u32, at: u64) -> Result<()> {
         self.put(&json!({
-            "ph": "X", "pid": self.process, "tid": track as usize, "name": name,
-            "ts": microseconds(start), "dur": duration, "args": args,
+            "ph": phase, "pid": self.process, "tid": Track::Spaces.of(self.process),
+            "name": format!("CR3 {cr3:#010x}"), "ts": microseconds(at),
         }))
     }
 }
@@ -153,66 +172,59 @@ fn one(events: &mut Events<impl Write>, name: &str, record: &Record) -> Result<(
         "ph": "M", "pid": process, "name": "process_name", "args": { "name": name },
     }))?;
     for (track, name) in Track::ALL {
-        let track = track as usize;
+        let (order, thread) = (track as usize, track.of(process));
         events.put(&json!({
-            "ph": "M", "pid": process, "tid": track, "name": "thread_name", "args": { "name": name },
+            "ph": "M", "pid": process, "tid": thread, "name": "thread_name", "args": { "name": name },
         }))?;
         events.put(&json!({
-            "ph": "M", "pid": process, "tid": track, "name": "thread_sort_index",
-            "args": { "sort_index": track },
+            "ph": "M", "pid": process, "tid": thread, "name": "thread_sort_index",
+            "args": { "sort_index": order },
         }))?;
     }
     let since_start = |ticks: u64| ticks.saturating_sub(record.started);
     // Where exits were lost, what the guest did before the first one is not known.
     let mut running = if record.lost() == 0 { Some(0) } else { None };
-    let mut space: Option<(u32, u64)> = None;
+    let mut space = None;
     for exit in &record.exits {
         let at = since_start(exit.exited);
         let spent = if exit.spent == NEVER { 0 } else { u64::from(exit.spent) };
         if let Some(start) = running {
-            events.span(Track::Guest, "guest", (start, at), json!({}))?;
+            events.span(Track::Guest, "guest", (start, at), None)?;
         }
         running = (exit.spent != NEVER).then_some(at + spent);
         let address = format!("{:#010x}", exit.detail);
         let cr3 = format!("{:#010x}", exit.cr3);
-        let args = json!({
+        let mut args = json!({
             "eip": format!("{:#010x}", exit.eip), "cr3": cr3, "detail": address,
-            "result": exit.result as i32, "updates": exit.updates, "counted": exit.is_counted(),
+            "result": exit.result as i32, "counted": exit.is_counted(),
         });
-        events.span(Track::Exits, exit.name(), (at, at + spent), args)?;
         if exit.updates != 0 {
-            let name = format!("{} updates", exit.updates);
-            events.span(
-                Track::Batches,
-                &name,
-                (at, at + spent),
-                json!({ "updates": exit.updates }),
-            )?;
+            args["updates"] = exit.updates.into();
         }
-        match space {
-            Some((known, _)) if known == exit.cr3 => {}
-            _ => {
-                if let Some((known, since)) = space {
-                    events.span(
-                        Track::Spaces,
-                        &format!("CR3 {known:#010x}"),
-                        (since, at),
-                        json!({}),
-                    )?;
-                }
-                space = Some((exit.cr3, at));
+        events.span(Track::Exits, exit.name(), (at, at + spent), Some(args))?;
+        if exit.updates != 0 {
+            let name = match exit.updates {
+                1 => "1 update".to_owned(),
+                updates => format!("{updates} updates"),
+            };
+            let args = json!({ "updates": exit.updates });
+            events.span(Track::Batches, &name, (at, at + spent), Some(args))?;
+        }
+        if space != Some(exit.cr3) {
+            if let Some(known) = space.replace(exit.cr3) {
+                events.border("E", known, at)?;
             }
+            events.border("B", exit.cr3, at)?;
         }
         if let Some(vector) = exit.vector() {
             events.put(&json!({
-                "ph": "i", "s": "t", "pid": process, "tid": Track::Delivered as usize,
+                "ph": "i", "s": "t", "pid": process, "tid": Track::Delivered.of(process),
                 "name": format!("vector {vector}"), "ts": microseconds(at + spent),
             }))?;
         }
     }
-    if let (Some((known, since)), Some(last)) = (space, record.exits.last()) {
-        let end = since_start(last.exited);
-        events.span(Track::Spaces, &format!("CR3 {known:#010x}"), (since, end), json!({}))?;
+    if let (Some(known), Some(last)) = (space, record.exits.last()) {
+        events.border("E", known, since_start(last.exited))?;
     }
     Ok(())
 }
@@ -221,6 +233,7 @@ fn one(events: &mut Events<impl Write>, name: &str, record: &Record) -> Result<(
 mod tests {
     use super::*;
     use serde_json::Value;
+    use std::collections::{BTreeMap, BTreeSet};
     use vmi_hv_backend::reference::interface::Counters;
     use vmi_hv_backend::reference::record::DELIVERED;
 
@@ -276,7 +289,15 @@ mod tests {
         let cause = hypercalls.cause_since(&Counters::ZERO).expect("a cause");
         let exits = vec![
             Exit { exited: 1005, spent: 500, cr3: 1, cause, updates: 7, ..Exit::default() },
-            Exit { exited: 3005, spent: 10, cr3: 2, event: DELIVERED | 14, ..Exit::default() },
+            Exit {
+                exited: 3005,
+                spent: 10,
+                cr3: 2,
+                cause,
+                updates: 1,
+                event: DELIVERED | 14,
+                ..Exit::default()
+            },
             Exit { exited: 4005, spent: NEVER, cr3: 2, ..Exit::default() },
         ];
         let record = Record { started: 5, count: 3, exits };
@@ -287,7 +308,7 @@ mod tests {
         let events = trace["traceEvents"].as_array().expect("events");
         let of = |track: Track| -> Vec<(&str, f64, f64)> {
             let is_it = |event: &&Value| {
-                event["pid"] == 2 && event["tid"] == track as usize && event["ph"] != "M"
+                event["pid"] == 2 && event["tid"] == track.of(2) && event["ph"] != "M"
             };
             let figures = |event: &'_ Value| {
                 (event["ts"].as_f64().unwrap_or(-1.0), event["dur"].as_f64().unwrap_or(-1.0))
@@ -302,9 +323,27 @@ mod tests {
         assert_eq!(of(Track::Guest), guest);
         assert_eq!(of(Track::Exits).len(), 3);
         assert_eq!(of(Track::Exits)[0], ("hypercall", 1.0, 0.5));
-        assert_eq!(of(Track::Batches), [("7 updates", 1.0, 0.5)]);
-        let spaces = [("CR3 0x00000001", 1.0, 2.0), ("CR3 0x00000002", 3.0, 1.0)];
-        assert_eq!(of(Track::Spaces), spaces);
+        assert_eq!(of(Track::Batches), [("7 updates", 1.0, 0.5), ("1 update", 3.0, 0.01)]);
+        let (one, two) = ("CR3 0x00000001", "CR3 0x00000002");
+        let borders = [(one, 1.0, -1.0), (one, 3.0, -1.0), (two, 3.0, -1.0), (two, 4.0, -1.0)];
+        assert_eq!(of(Track::Spaces), borders);
+        let in_spaces = |event: &&Value| event["tid"] == Track::Spaces.of(2) && event["ph"] != "M";
+        let phases = events.iter().filter(in_spaces).map(|event| event["ph"].as_str());
+        assert!(phases.eq(["B", "E", "B", "E"].map(Some)), "one ends before the next begins");
         assert_eq!(of(Track::Delivered), [("vector 14", 3.01, -1.0)]);
+        // No thread has the number of a process or of another's track: viewers would take them for one.
+        let (mut threads, mut processes) = (BTreeMap::new(), BTreeSet::new());
+        for event in events.iter().filter(|event| event["ph"] != "M") {
+            let (process, thread) = (event["pid"].as_u64(), event["tid"].as_u64());
+            assert_eq!(*threads.entry(thread).or_insert(process), process, "{event}");
+            processes.insert(process);
+        }
+        assert_eq!((threads.len(), processes.len()), (2 * Track::ALL.len(), 2));
+        assert!(processes.iter().all(|process| !threads.contains_key(process)), "{threads:?}");
+        // Nothing nests: nothing begins before the one before it has ended.
+        for track in [Track::Guest, Track::Exits, Track::Batches] {
+            let spans = of(track);
+            assert!(spans.is_sorted_by(|one, next| one.1 + one.2 <= next.1), "{spans:?}");
+        }
     }
 }
