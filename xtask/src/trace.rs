@@ -1,4 +1,4 @@
-//! The hypervisor's record of exits, and traces made of it: the JSON that Perfetto and chrome://tracing open.
+//! The hypervisor's record of exits, and traces made of it: the JSON that Perfetto and speedscope open.
 //!
 //! Each run is a process of the trace, with tracks for what there was: the guest between its exits, the hypervisor at work on
 //! each exit, hypercalls that carried updates, the guest's address spaces, and what was delivered to the guest. Time is that

@@ -25,7 +25,7 @@ pub struct Args {
     /// The hypervisor's paging.
     #[arg(long, value_enum, default_value_t)]
     paging: Paging,
-    /// Write what happened when, for Perfetto or chrome://tracing: a process for each mode. If the name ends in `.svg`, draw it instead: a
+    /// Write what happened when, for Perfetto or speedscope: a process for each mode. If the name ends in `.svg`, draw it instead: a
     /// panel for each mode.
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,

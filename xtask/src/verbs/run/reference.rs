@@ -55,7 +55,7 @@ pub(super) struct Options {
     #[arg(long, value_enum, value_name = "FATE")]
     #[arg(conflicts_with_all = ["workload", "hostile"])]
     end: Option<Fate>,
-    /// Write what happened when, for Perfetto or chrome://tracing: a process for each mode. If the name ends in `.svg`, draw it instead: a
+    /// Write what happened when, for Perfetto or speedscope: a process for each mode. If the name ends in `.svg`, draw it instead: a
     /// panel for each mode.
     #[arg(long, value_name = "FILE")]
     pub(super) trace: Option<PathBuf>,
