@@ -1,12 +1,16 @@
 //! The test guest on both images: every machine, processor and place for a ROM that is supported.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
+use iced_x86::Register;
+use object::{Object, ObjectSection, ObjectSymbol};
 use std::path::PathBuf;
-use vmi_abi::CallNumber;
+use vmi_abi::{CALLS_3_0, CallNumber};
 use vmi_native_backend::binding::SiteRule;
 use vmi_tests::Specimen;
 use xtask::artifacts::{self, Artifacts};
 use xtask::conformance::{self, Client, Conformance, Subject, mean_ratio};
+use xtask::inspect::machine::{Code, Machine as Processor, Memory, Region, Registers, Stop};
+use xtask::inspect::random::Random;
 use xtask::inspect::{HIGH_BASE, Rom, answers};
 use xtask::qemu::{Attachment, Machine, Model};
 
@@ -257,5 +261,67 @@ fn a_rom_of_another_revision_fails() -> Result<()> {
     let complaint = result.complaint().unwrap_or_default();
     assert!(complaint.contains("passed the ROM over"), "{complaint}");
     assert!(result.run.serial.contains("revision 3.0 at offset 12"), "{}", result.run.serial);
+    Ok(())
+}
+
+/// What a kernel in Rust enters where a call has no code: what does nothing gives zeroes for results and keeps all else; what panics
+/// knows the call.
+#[test]
+fn calls_without_code_do_nothing_or_panic() -> Result<()> {
+    const RETURN: u32 = 0x1000;
+    const STACK: u32 = 0x8000;
+    let file = std::fs::read(&artifacts::ensure()?.guest)?;
+    let file = object::File::parse(&*file)?;
+    let symbols: Vec<(String, u32)> = file
+        .symbols()
+        .filter_map(|symbol| Some((symbol.name().ok()?.into(), symbol.address() as u32)))
+        .collect();
+    let place = |end: &str| {
+        let found =
+            symbols.iter().find(|(name, _)| name.contains("3vmi5enter") && name.ends_with(end));
+        found.map(|(_, address)| *address).with_context(|| format!("no {end}"))
+    };
+    let text = file.section_by_name(".text").context("no .text")?;
+    let (bytes, base) = (text.data()?, text.address() as u32);
+    let code = Code::new(bytes, 1_000_000);
+    let run = |entry: u32, budget: u64| {
+        let mut stack =
+            Region { name: "stack", base: STACK - 64, bytes: vec![0; 128], writable: true };
+        stack.bytes[64..68].copy_from_slice(&RETURN.to_le_bytes());
+        let mut registers = Registers::default();
+        (registers.eip, registers.eflags) = (entry, 0x8d7);
+        for (value, register) in (1..).zip(xtask::inspect::machine::registers::FREE) {
+            registers.set(register, 0x0101_0101 * value);
+        }
+        registers.set(Register::ESP, STACK);
+        let memory = Memory::new(bytes, base, vec![stack]);
+        let mut processor = Processor::new(&code, memory, registers.clone(), Random::new(1));
+        let stop = processor.run(budget);
+        (stop, registers, processor.registers)
+    };
+    const CPUID: [Register; 4] = [Register::EAX, Register::EBX, Register::ECX, Register::EDX];
+    for (name, results) in [
+        ("nothing_at_all", &CPUID[..0]),
+        ("nothing_in_eax", &CPUID[..1]),
+        ("nothing_in_edx_eax", &[Register::EAX, Register::EDX]),
+        ("nothing_of_cpuid", &CPUID),
+    ] {
+        let (stop, mut wanted, is) = run(place(name)?, 10);
+        results.iter().for_each(|register| wanted.set(*register, 0));
+        wanted.set(Register::ESP, STACK + 4);
+        wanted.eip = RETURN;
+        assert_eq!((stop, is), (Stop::Left, wanted), "{name}");
+    }
+    let panics = place("without_code")?;
+    let entries = symbols.iter().filter(|(name, _)| name.contains("3vmi5enter7unbound"));
+    let mut numbers: Vec<u32> = entries
+        .map(|(name, entry)| {
+            let (stop, _, is) = run(*entry, 2);
+            assert_eq!((stop, is.eip), (Stop::Budget, panics), "{name}");
+            is.get(Register::ECX)
+        })
+        .collect();
+    numbers.sort_unstable();
+    assert_eq!(numbers, (0..CALLS_3_0.len() as u32).collect::<Vec<_>>());
     Ok(())
 }
