@@ -602,7 +602,7 @@ const BROKEN_REWRITING: [BrokenRewriting; 14] = [
     BrokenRewriting {
         fault: "reads what lies behind the page",
         old: &[0xa9, 0xfe, 0x0f, 0x00, 0x00], // test eax, 0ffeh
-        new: &[0xa9, 0xfe, 0x1f, 0x00, 0x00],
+        new: &[0xa9, 0xff, 0xff, 0xff, 0xff],
         processors: 4,
         cpu: HARDWARE,
         complaint: "the site became",
