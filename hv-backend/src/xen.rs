@@ -428,10 +428,16 @@ impl Xen {
         }
     }
 
+    /// What waits, which does no more: whoever asks hands it over, or has.
+    #[inline(always)]
+    fn take_waiting(&self) -> u32 {
+        self.tables.changing.set(0);
+        self.waiting.replace(0)
+    }
+
     #[inline(never)]
     fn drain(&self, machine: &impl Machine) {
-        let waiting = self.waiting.replace(0);
-        self.tables.changing.set(0);
+        let waiting = self.take_waiting();
         let updates = self.updates.get(..updates_in(waiting)).unwrap_or_default();
         let calls = self.calls.get(..calls_in(waiting)).unwrap_or_default();
         if !updates.is_empty() {
@@ -444,8 +450,7 @@ impl Xen {
 
     /// Looks at what Xen said of a multicall of all that waits, which was made without this backend's code.
     pub fn made_all(&self, machine: &impl Machine, status: i32) {
-        let waiting = self.waiting.replace(0);
-        self.tables.changing.set(0);
+        let waiting = self.take_waiting();
         let calls = self.calls.get(..calls_in(waiting)).unwrap_or_default();
         self.check(machine, status, calls);
     }
