@@ -16,6 +16,7 @@ use crate::report::{Problems, Report};
 use crate::rom::Rom;
 use crate::{command_line, devices, traps};
 use core::arch::asm;
+use core::fmt::Arguments;
 use core::mem::offset_of;
 use vmi_hv_backend::xen::interface::{
     FORCED_EMULATION, HYPERCALL_VECTOR, PLACEMENT_SIZE, Placement, SharedInfo, console,
@@ -123,53 +124,44 @@ impl Bit {
     }
 }
 
+/// Notes a rule, unless it holds.
+type Expect<'a> = dyn FnMut(bool, Arguments<'_>) + 'a;
+
 /// Tries both, where Xen is below.
 pub(crate) fn run(report: &mut Report, space: Space, rom: Rom) {
     if !is_there() {
         return;
     }
-    let mut problems = Problems::default();
-    let mut expect = |holds: bool, rule: core::fmt::Arguments<'_>| {
-        if !holds {
-            problems.add(rule);
-        }
+    let mut point = |what: &str, work: &mut dyn FnMut(&mut Expect<'_>)| {
+        let mut problems = Problems::default();
+        work(&mut |holds, rule| {
+            if !holds {
+                problems.add(rule);
+            }
+        });
+        report.point(format_args!("{what}"), &problems);
     };
-    let arguments = [console::WRITE, LINE.len() as u32, LINE.as_ptr() as u32];
-    let status = call(hypercall::CONSOLE_IO, arguments);
-    expect(status == 0, format_args!("Xen's console answers {status}"));
-    match shared_info(&rom) {
-        Some(page) => use_channel(page, &mut expect),
-        None => expect(false, format_args!("nobody has said where Xen's shared page is")),
-    }
-    report.point(format_args!("Xen's console and an event channel, beside the ROM"), &problems);
-    let mut problems = Problems::default();
-    refusal::run(space, &rom, &mut |holds, rule| {
-        if !holds {
-            problems.add(rule);
+    point("Xen's console and an event channel, beside the ROM", &mut |expect| {
+        let arguments = [console::WRITE, LINE.len() as u32, LINE.as_ptr() as u32];
+        let status = call(hypercall::CONSOLE_IO, arguments);
+        expect(status == 0, format_args!("Xen's console answers {status}"));
+        match shared_info(&rom) {
+            Some(page) => use_channel(page, expect),
+            None => expect(false, format_args!("nobody has said where Xen's shared page is")),
         }
     });
-    report.point(format_args!("page-table entries that Xen refuses"), &problems);
-    let mut problems = Problems::default();
-    interrupted::entries(space, &mut |holds, rule| {
-        if !holds {
-            problems.add(rule);
-        }
+    point("page-table entries that Xen refuses", &mut |expect| refusal::run(space, &rom, expect));
+    point("page-table entries while interrupts come", &mut |expect| {
+        interrupted::entries(space, expect);
     });
-    report.point(format_args!("page-table entries while interrupts come"), &problems);
-    let mut problems = Problems::default();
-    interrupted::switches(&mut |holds, rule| {
-        if !holds {
-            problems.add(rule);
-        }
-    });
-    report.point(format_args!("context switches while interrupts come"), &problems);
+    point("context switches while interrupts come", &mut |expect| interrupted::switches(expect));
     if command_line::has("costs") {
         costs::count(space);
     }
 }
 
 /// Sends an event to itself, and looks for it.
-fn use_channel(page: u32, expect: &mut impl FnMut(bool, core::fmt::Arguments<'_>)) {
+fn use_channel(page: u32, expect: &mut Expect<'_>) {
     let mut binding = [0, 0];
     let status = operate(event_channel::BIND_IPI, &mut binding);
     expect(status == 0, format_args!("Xen binds no channel: {status}"));

@@ -1,13 +1,12 @@
 //! Entries that are made, and context switches, while interrupts come: whichever instruction of the ROM's one of them hits, everything is
 //! what it was set to. The handler's IRET hands over what waits, in the middle of a call that lets another entry wait.
 
-use super::{UNUSED, USER_DATA};
+use super::{Expect, UNUSED, USER_DATA};
 use crate::host::CALLS;
 use crate::paging::{ACCESSED, DIRTY, PAGE, PRESENT, Space, TEST_FRAMES, WRITE, physical};
 use crate::segments::{GDT, TASK_STATE};
 use crate::{processor, suite, traps};
 use core::arch::asm;
-use core::fmt::Arguments;
 use vmi_abi::flags::{CycleCounter, EntryFlags, LazyMode};
 
 /// Pages that nothing else maps; below them is one table.
@@ -29,7 +28,7 @@ const PASSES: u32 = 4;
 const SPAN: u32 = 250_000;
 
 /// Calls the work again and again, in [`ROUNDS`] with an interrupt at another time each, and wants no complaint of it.
-fn rounds(what: &str, expect: &mut impl FnMut(bool, Arguments<'_>), work: impl Fn(u32) -> usize) {
+fn rounds(what: &str, expect: &mut Expect<'_>, work: impl Fn(u32) -> usize) {
     let before = traps::interrupts();
     let mut wrong = 0;
     for round in 0..ROUNDS {
@@ -50,7 +49,7 @@ fn rounds(what: &str, expect: &mut impl FnMut(bool, Arguments<'_>), work: impl F
 }
 
 /// Tries it with entries of page tables.
-pub(super) fn entries(space: Space, expect: &mut impl FnMut(bool, Arguments<'_>)) {
+pub(super) fn entries(space: Space, expect: &mut Expect<'_>) {
     let frames = [0, 1].map(|index| physical(&raw const TEST_FRAMES) + index * PAGE);
     space.map_writable(AREA, frames[0]);
     let first = space.entry(AREA);
@@ -73,7 +72,7 @@ pub(super) fn entries(space: Space, expect: &mut impl FnMut(bool, Arguments<'_>)
 
 /// Tries it with context switches: by what is loaded of three descriptors. Of each switch the stack, the flag and the address
 /// space are what they were.
-pub(super) fn switches(expect: &mut impl FnMut(bool, Arguments<'_>)) {
+pub(super) fn switches(expect: &mut Expect<'_>) {
     let cr3 = processor::cr3();
     let state = (&raw const TASK_STATE) as u32;
     let gdt = (&raw const GDT) as u32;

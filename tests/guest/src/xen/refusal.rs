@@ -1,11 +1,10 @@
 //! What becomes of a page-table entry that Xen refuses: nothing else is lost, the refusal is counted, and the page is not present.
 
-use super::granted;
+use super::{Expect, granted};
 use crate::boot::PAGE_OFFSET;
 use crate::host::CALLS;
 use crate::paging::{ACCESSED, DIRTY, PAGE, PRESENT, Space, TEST_FRAMES, WRITE, physical};
 use crate::rom::Rom;
-use core::fmt::Arguments;
 use vmi_abi::flags::{EntryFlags, LazyMode};
 use vmi_hv_backend::xen::Xen;
 use vmi_hv_backend::xen::interface::Placement;
@@ -25,7 +24,7 @@ fn foreign_frame(placement: &Placement) -> Option<u32> {
 }
 
 /// Tries it.
-pub(super) fn run(space: Space, rom: &Rom, expect: &mut impl FnMut(bool, Arguments<'_>)) {
+pub(super) fn run(space: Space, rom: &Rom, expect: &mut Expect<'_>) {
     let Some((memory, placement)) = granted(rom) else {
         return expect(false, format_args!("nobody has said where the ROM's memory is"));
     };
