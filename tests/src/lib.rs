@@ -4,6 +4,7 @@
 //! `mutants.rs` and `mutants_13.rs` break one call after the other and demand that the guest names it.
 
 use anyhow::{Context, Result, ensure};
+use iced_x86::Register;
 use iced_x86::code_asm::CodeAssembler;
 use object::{Object, ObjectSymbol};
 use std::mem::offset_of;
@@ -16,6 +17,10 @@ use vmi_hv_backend::reference::interface::{GRANT_OFFSET, Grant};
 use vmi_native_backend::binding::SiteRule;
 use xtask::conformance::Conformance;
 use xtask::image;
+
+/// Registers that a call keeps, if its contract says nothing else.
+pub const KEPT: [Register; 6] =
+    [Register::EBX, Register::ESI, Register::EDI, Register::EBP, Register::DS, Register::ES];
 
 /// An image as somebody leaves it who grants it memory at this distance.
 ///

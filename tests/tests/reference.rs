@@ -14,7 +14,7 @@ use vmi_hv_backend::reference::interface::{
 use vmi_hv_backend::reference::{Reference, Unfit};
 use vmi_hv_backend::{ATTEMPTS, CHANGED, Update};
 use vmi_native_backend::binding::{Bind, SiteRule, answer, least_rule};
-use vmi_tests::placed;
+use vmi_tests::{KEPT, placed};
 use xtask::artifacts;
 use xtask::inspect::machine::{Code, Machine, Memory, Region, Registers, Stop};
 use xtask::inspect::random::Random;
@@ -57,10 +57,6 @@ const RETURN_ADDRESS: u32 = 0xc010_4567;
 const STACK_BASE: u32 = 0xc12f_e000;
 const STACK_SIZE: usize = 2048;
 const STACK_ENTRY: u32 = STACK_BASE + 4 * STACK_LIMIT;
-
-/// What a call is to keep.
-const KEPT: [Register; 6] =
-    [Register::EBX, Register::ESI, Register::EDI, Register::EBP, Register::DS, Register::ES];
 
 fn image() -> Result<Vec<u8>> {
     Ok(std::fs::read(&artifacts::ensure()?.reference)?)

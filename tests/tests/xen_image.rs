@@ -11,11 +11,12 @@ use vmi_abi::flags::{EntryFlags, LazyMode, PageFlags};
 use vmi_abi::header::RomHeader;
 use vmi_abi::{CallNumber, number};
 use vmi_hv_backend::xen::interface::{
-    FORCED_EMULATION, HYPERCALL_VECTOR, MmuUpdate, MulticallEntry, PAGE_SHIFT, PLACEMENT_SIGNATURE,
-    PLACEMENT_SIZE, PLACEMENT_VERSION, Placement, error, hypercall, mmuext, selector, vcpu,
+    FORCED_EMULATION, HYPERCALL_VECTOR, KERNEL_RING, MmuUpdate, MulticallEntry, PAGE_SHIFT,
+    PLACEMENT_SIGNATURE, PLACEMENT_SIZE, PLACEMENT_VERSION, Placement, error, hypercall, mmuext,
+    selector, vcpu,
 };
 use vmi_hv_backend::xen::{MEMORY, Xen};
-use vmi_tests::placed;
+use vmi_tests::{KEPT, placed};
 use xtask::artifacts;
 use xtask::inspect::machine::{Code, Machine, Memory, Region, Registers, Stop};
 use xtask::inspect::random::Random;
@@ -49,10 +50,6 @@ const TASK: u32 = 7;
 
 const INTERRUPTS: u32 = 1 << 9;
 const TASK_SWITCHED: u32 = 1 << 3;
-
-/// Registers that a call keeps.
-const KEPT: [Register; 6] =
-    [Register::EBX, Register::ESI, Register::EDI, Register::EBP, Register::DS, Register::ES];
 
 const fn address(frame: u32) -> u32 {
     LINEAR + (frame << PAGE_SHIFT)
@@ -132,8 +129,7 @@ impl<'a> Guest<'a> {
         let mut registers = Registers::default();
         registers.set(Register::ESP, STACK);
         let mut machine = Machine::new(code, memory, registers, Random::new(random.bits()));
-        machine.ring = selector::KERNEL_CODE.into();
-        machine.ring &= 3;
+        machine.ring = KERNEL_RING.into();
         machine.flat = vec![selector::KERNEL_DATA];
         machine.system.idtr = (256 * 8 - 1, 0);
         let mut guest = Self {
