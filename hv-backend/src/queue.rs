@@ -16,9 +16,10 @@
 //! again before that is told, because what was made of the old table is known by its frame. Leaving the mode MMU and GetCR2 flush nothing
 //! then, and SetCR3 in the mode CPU lets what is before it wait with it: leaving that mode is the load of CR3.
 //!
-//! **Quiet.** A hypervisor that leaves the guest its page faults does not find what became present. It shows in [`Queue::map`] which frames
+//! **Quiet.** A hypervisor that leaves the guest its page faults does not find what became present. It shows in [`Queue::shown`] which frames
 //! have tables that it has made something of. An entry of such a table that becomes present is told at once, or where the mode MMU is
-//! left in which it did; GetCR2 flushes if any entry of them waits, so that no page fault comes for ever. A table of which nothing was
+//! left in which it did; GetCR2 flushes if an entry of them waits that the fault may come of, and a fault that comes again and again is put
+//! before the hypervisor, so that none comes for ever. A table of which nothing was
 //! made cannot be used before an entry of another table leads to it, so its entries wait as before. Where the map is clear all is as above.
 //!
 //! **Coalescing.** An update replaces the one *directly* before it if both are the same call for the same place. Nothing is
@@ -40,7 +41,7 @@
 //! not be written directly until a flush. That is the guest's part of the interface.
 
 use crate::backend::{Backend, Failure, InterruptMask, Reason, Refusal};
-use crate::reference::interface::MAP_WORDS;
+use crate::reference::interface::{MAP_WORDS, SHOWN_BYTES};
 use crate::update::{Role, Update};
 use core::cell::Cell;
 use core::mem::offset_of;
@@ -53,6 +54,13 @@ pub const ATTEMPTS: u32 = 8;
 
 /// In an entry: present.
 const PRESENT: u32 = 1;
+
+/// The page of a linear address.
+const PAGE: u32 = !0xfff;
+
+/// How often a page fault comes again before the hypervisor is asked. A page that is read and then stored to has two, and a copy of its
+/// space may follow.
+const REPEATS: u32 = 2;
 
 /// How changes are told late: where page faults tell of some, and where they may not.
 const LATE: u32 = 1;
@@ -97,16 +105,33 @@ pub struct Queue<const CAPACITY: usize> {
     late: Cell<u32>,
     /// Entries wait whose CURRENT_AS, as a number, is less: [`NONE_USED`], [`CURRENT_USED`] or [`ANY_USED`].
     used_from: Cell<u32>,
+    /// The linear address of the last page fault that the guest looked at, and how often it has come again in a row.
+    fault: Cell<u32>,
+    repeats: Cell<u32>,
+    /// The first linear address of the kernel's own.
+    kernel: Cell<u32>,
     /// How many updates are in the queue.
     count: Cell<u32>,
     /// How many of them are applied already, from the front. Zero but for a flush, and after a stop.
     applied: Cell<u32>,
     /// Not zero once an update was refused for good.
     stopped: Cell<u32>,
-    /// The frames whose tables matter at once, a bit for each remainder of their numbers. The hypervisor stores it.
-    map: [Cell<u32>; MAP_WORDS],
+    /// Which tables matter at once. The hypervisor stores it.
+    shown: Shown,
     updates: [Cell<Update>; CAPACITY],
 }
+
+/// What a hypervisor shows that leaves the guest its page faults: which tables it has made something of.
+#[derive(Debug)]
+#[repr(C)]
+pub struct Shown {
+    /// Their frames, a bit for each remainder of their numbers.
+    pub map: [Cell<u32>; MAP_WORDS],
+    /// What CR3 holds.
+    pub root: Cell<u32>,
+}
+
+const _: () = assert!(size_of::<Shown>() == SHOWN_BYTES as usize);
 
 impl<const CAPACITY: usize> Default for Queue<CAPACITY> {
     fn default() -> Self {
@@ -127,10 +152,13 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
             mode: Cell::new(LazyMode::OFF.0),
             late: Cell::new(0),
             used_from: Cell::new(0),
+            fault: Cell::new(0),
+            repeats: Cell::new(0),
+            kernel: Cell::new(0),
             count: Cell::new(0),
             applied: Cell::new(0),
             stopped: Cell::new(0),
-            map: [const { Cell::new(0) }; MAP_WORDS],
+            shown: Shown { map: [const { Cell::new(0) }; MAP_WORDS], root: Cell::new(0) },
             updates: [const { Cell::new(Update::ZERO) }; CAPACITY],
         }
     }
@@ -178,9 +206,16 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
     }
 
     /// From here on the guest's memory holds each change of an entry before its update is taken, and changes may be told late; `quiet`: the
-    /// hypervisor may leave the guest its page faults.
-    pub fn tell_late(&self, quiet: bool) {
+    /// hypervisor may leave the guest its page faults. `kernel`: the first linear address of the kernel's own, below which programs are.
+    pub fn tell_late(&self, quiet: bool, kernel: u32) {
         self.late.set(if quiet { QUIET } else { LATE });
+        self.kernel.set(kernel);
+        self.enter(self.lazy_mode());
+    }
+
+    /// What [`Queue::tell_late`] began ends; nothing waits.
+    pub fn tell_promptly(&self) {
+        self.late.set(0);
         self.enter(self.lazy_mode());
     }
 
@@ -191,57 +226,92 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
         self.late.get() != 0
     }
 
-    /// The words that a hypervisor stores which leaves the guest its page faults.
+    /// What a hypervisor stores that leaves the guest its page faults.
     #[must_use]
-    pub const fn map(&self) -> &[Cell<u32>; MAP_WORDS] {
-        &self.map
+    pub const fn shown(&self) -> &Shown {
+        &self.shown
     }
 
-    /// Whether an entry at this physical address may be one of a table that matters at once.
+    /// Whether the entry that an update tells of may be one of a table that matters at once.
     #[inline(always)]
-    fn is_mapped(&self, address: u32) -> bool {
-        let frame = address / 4096;
-        self.map[frame as usize / 32 % MAP_WORDS].get() >> (frame % 32) & 1 != 0
+    fn is_in_use(&self, update: &Update) -> bool {
+        let frame = update.address / 4096;
+        let is_shadowed =
+            self.shown.map[frame as usize / 32 % MAP_WORDS].get() >> (frame % 32) & 1 != 0;
+        // The processor walks one directory of 1,024 entries, the one that CR3 holds.
+        let is_directory =
+            update.call == number::UpdatePxE && update.high & EntryFlags::PD.bits() != 0;
+        let is_other = (update.address ^ self.shown.root.get()) & PAGE != 0;
+        is_shadowed && !(is_directory && is_other)
     }
 
-    /// Whether an entry of such a table waits whose note has one of these bits.
-    fn is_missed(&self, bits: u32) -> bool {
-        self.pending().iter().any(|update| update.low & bits != 0 && self.is_mapped(update.address))
+    /// Whether an entry of such a table waits whose note has one of these bits, and that `concerns`.
+    fn is_missed(&self, bits: u32, concerns: impl Fn(&Update) -> bool) -> bool {
+        self.pending()
+            .iter()
+            .any(|update| update.low & bits != 0 && self.is_in_use(&update) && concerns(&update))
     }
 
-    /// Whether a guest that looks at a page fault has to see what waits. Told late, all of it is in memory but a load of CR3; where the
-    /// processor found the fault without the hypervisor, that may not have been enough.
+    /// GetCR2: the guest looks at a page fault at this address, before it does anything about it.
+    ///
+    /// What it may come of is made visible. Told late, all of it is in memory but a load of CR3; where the processor found the fault
+    /// without the hypervisor, an entry that waits may have caused it. What comes again and again there is for `reconsider`, which has the
+    /// hypervisor look.
     #[inline(always)]
-    #[must_use]
-    pub fn matters_to_faults(&self) -> bool {
-        !self.is_late()
+    pub fn fault(&self, backend: &impl Backend, linear: u32, reconsider: impl FnOnce()) {
+        let is_same = self.fault.replace(linear) == linear;
+        let repeats = if is_same { self.repeats.get().wrapping_add(1) } else { 0 };
+        self.repeats.set(repeats);
+        let is_due = !self.is_late() && !faulty!(GetCR2DoesNotFlush)
             || self.lazy_mode() == LazyMode::CPU && !faulty!(FaultsOvertakeSetCr3)
-            || self.is_missed(!0) && !faulty!(FaultsOvertakeEntries)
+            || self.is_missed(!0, |update| may_translate(update, linear))
+                && !faulty!(FaultsOvertakeEntries);
+        if is_due {
+            self.flush(backend);
+        }
+        if repeats >= REPEATS && self.is_quiet() && !faulty!(FaultsComeForEver) {
+            self.repeats.set(0);
+            reconsider();
+        }
+    }
+
+    /// Whether flags of an entry say that it maps a page of a program's in the current space. There a kernel bears a page fault that its
+    /// tables do not have: it finds nothing to do, and goes on.
+    #[inline(always)]
+    fn is_borne(&self, flags: u32) -> bool {
+        flags & CURRENT_USED != 0 && (flags < self.kernel.get() || faulty!(KernelsBearAll))
+    }
+
+    /// Whether the hypervisor leaves the guest its page faults now.
+    fn is_quiet(&self) -> bool {
+        self.shown.map.iter().any(|word| word.get() != 0)
     }
 
     /// Takes an update that tells late of a change: the guest's memory holds it, in the same section. Interrupts are off; `flush` as in
     /// [`Queue::submit_uninterrupted`].
     ///
-    /// `update` has in `low` a note for the queue: the lower half of the new value, or [`CHANGED`]. `value`: what became of the entry, 0 where
-    /// the guest lets it wait; `flags`: the guest's. Two kinds of changes do not wait outside of the mode MMU, both to present entries. Where the guest maps a page
-    /// of the space that it is in, it is about to use the page, and to be told at once costs no more than the page fault. And
-    /// where the hypervisor leaves the guest its page faults there is none to be told by.
+    /// `update` has notes for the queue: in `low` the lower half of the new value, or [`CHANGED`], in `high` the guest's flags. `value`: what
+    /// became of the entry, 0 where the guest lets it wait. Two kinds of changes do not wait outside of the mode MMU, both to present entries.
+    /// Where the guest maps the page of its last page fault, it is about to use the page, and to be told at once costs no more than the next
+    /// page fault. And where the hypervisor leaves the guest its page faults, there may be none to be told by, but that of a program's page,
+    /// which the guest bears.
     #[inline(always)]
     pub fn submit_late(
         &self,
         backend: &impl Backend,
         update: Update,
-        (value, flags): (u32, u32),
+        value: u32,
         flush: impl Fn(),
     ) {
         let waits = || {
-            let current = flags & CURRENT_USED;
+            let current = update.high & CURRENT_USED;
             if current < self.used_from.get() {
                 return true;
             }
             seldom();
-            let is_used = current != 0 || self.is_mapped(update.address) && !faulty!(PresentWaits);
-            value & PRESENT == 0 || !is_used
+            let is_about_to = current != 0 && (update.high ^ self.fault.get()) & PAGE == 0;
+            let is_owed = self.is_in_use(&update) && !self.is_borne(update.high);
+            value & PRESENT == 0 || !is_about_to && (!is_owed || faulty!(PresentWaits))
         };
         self.take(backend, update, waits, flush);
     }
@@ -257,8 +327,7 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
     /// CLTS, and the interrupted code's SetCR0.
     #[inline(always)]
     pub fn call<R>(&self, backend: &impl Backend, call: &Call, effect: impl FnOnce() -> R) -> R {
-        let is_due = call.number != Some(number::GetCR2) || self.matters_to_faults();
-        if flushes(call) && is_due { self.flushed(backend, effect) } else { effect() }
+        if flushes(call) { self.flushed(backend, effect) } else { effect() }
     }
 
     /// [`Queue::call`] for a call that is known to flush.
@@ -290,7 +359,7 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
             let is_missed = self.is_late()
                 && self.used_from.get() == NONE_USED
                 && mode != LazyMode::MMU
-                && self.is_missed(PRESENT)
+                && self.is_missed(PRESENT, |update| !self.is_borne(update.high))
                 && !faulty!(PresentWaitsBeyondTheMode);
             if (leaves || is_off) && is_due || is_missed {
                 self.drain(backend);
@@ -484,6 +553,18 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
     }
 }
 
+/// Whether the entry that an update tells of may be one of those that a linear address is translated by: the guest says that it is, or it has
+/// the index that one of them has.
+const fn may_translate(update: &Update, linear: u32) -> bool {
+    if update.high & CURRENT_USED != 0 {
+        return (update.high ^ linear) & PAGE == 0;
+    }
+    let (entries, directory) =
+        if update.call.0 == number::UpdatePxELong.0 { (512, 21) } else { (1024, 22) };
+    let index = update.address % 4096 / (4096 / entries);
+    index == linear >> 12 & (entries - 1) || index == linear >> directory & (entries - 1)
+}
+
 /// What is behind this is not the frequent case, and two comparisons are not to become one computation there.
 #[cold]
 #[inline]
@@ -492,8 +573,7 @@ const fn seldom() {}
 /// Whether a call is one before which everything that waits must be visible.
 #[inline]
 fn flushes(call: &Call) -> bool {
-    let forgotten = faulty!(GetCR2DoesNotFlush if call.number == Some(number::GetCR2));
-    Role::of(call) == Role::Flush && !forgotten
+    Role::of(call) == Role::Flush
 }
 
 /// Updates in the order in which they are to be applied.

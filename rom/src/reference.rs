@@ -186,11 +186,10 @@ fn change(update: Update, told: CallNumber, store: impl FnOnce() -> [u32; 3]) {
     let Update { address, flags, .. } = update;
     if let Some(address) = chosen.direct.physical(address) {
         let [low, became, flags] = store();
-        let update = Update { call: told, address, low, high: 0, flags: PHYSICAL };
+        let update = Update { call: told, address, low, high: flags, flags: PHYSICAL };
         // SAFETY: as in `Chosen::submit`.
-        chosen.queue.submit_late(chosen.transport, update, (became, flags), || unsafe {
-            asm!("call {}", sym flush, clobber_abi("fastcall"));
-        });
+        let flush = || unsafe { asm!("call {}", sym flush, clobber_abi("fastcall")) };
+        chosen.queue.submit_late(chosen.transport, update, became, flush);
     } else {
         chosen.submit(Update { flags: Reference::entry_flags(flags), ..update });
     }
@@ -293,12 +292,18 @@ entries! {
         let Chosen { transport, queue, direct } = unsafe { chosen() };
         let Transport::Reference(reference) = transport;
         queue.flushed(transport, || {
-            // A guest that names nothing is one that does not know yet.
-            if slot == 0 && pages != 0 && reference.may_be_late() {
+            if slot == 0 && reference.may_be_late() {
                 direct.start.set(linear);
                 direct.bytes.set(pages.min(u32::MAX / PAGE) * PAGE);
                 direct.physical.set(frame.wrapping_mul(PAGE));
-                queue.tell_late(reference.be_quiet(queue.map()));
+                // A guest that names nothing promises nothing, or not any more.
+                if pages == 0 {
+                    queue.tell_promptly();
+                    reference.be_loud();
+                } else {
+                    // Below where all memory is mapped programs are.
+                    queue.tell_late(reference.be_quiet(queue.shown()), linear);
+                }
             }
         });
     }
@@ -328,13 +333,12 @@ entries! {
     get_cr2() -> u32 {
         // SAFETY: as above.
         let Chosen { transport, queue, .. } = unsafe { chosen() };
-        let read = || {
-            let value;
-            // SAFETY: reading the register changes nothing.
-            unsafe { asm!("movl %cr2, {}", out(reg) value, options(att_syntax)) };
-            value
-        };
-        if queue.matters_to_faults() { queue.flushed(transport, read) } else { read() }
+        let Transport::Reference(reference) = transport;
+        let value;
+        // SAFETY: reading the register changes nothing.
+        unsafe { asm!("movl %cr2, {}", out(reg) value, options(att_syntax)) };
+        queue.fault(transport, value, || reference.reconsider(value));
+        value
     }
 
     /// -> EAX.

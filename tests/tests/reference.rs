@@ -9,7 +9,7 @@ use vmi_abi::header::{RomHeader, checksum};
 use vmi_abi::{CALLS_3_0, CallNumber, REVISION_3_0, RelocationType, STACK_LIMIT, number, probe};
 use vmi_hv_backend::reference::interface::{
     BASE, BATCH_LIMIT, Features, GRANT_OFFSET, GRANT_SIGNATURE, Hypercall, LEAF_GRANT,
-    LEAF_INTERFACE, MAP_BYTES, PHYSICAL, SIGNATURE, Status, VERSION,
+    LEAF_INTERFACE, PHYSICAL, SHOWN_BYTES, SIGNATURE, Status, VERSION,
 };
 use vmi_hv_backend::reference::{Reference, Unfit};
 use vmi_hv_backend::{ATTEMPTS, CHANGED, Update};
@@ -297,7 +297,7 @@ impl Guest {
                 made.text = String::from_utf8(bytes(count as usize)?.to_vec())?;
             }
             Some(Hypercall::BeQuiet) => {
-                ensure!(address.is_multiple_of(4) && count == MAP_BYTES, "{made:?}");
+                ensure!(address.is_multiple_of(4) && count == SHOWN_BYTES, "{made:?}");
                 bytes(count as usize)?;
             }
             _ => bail!("hypercall {number}"),

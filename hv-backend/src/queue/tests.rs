@@ -54,6 +54,10 @@ pub(super) enum Fault {
     PresentWaitsBeyondTheMode,
     /// Quiet, GetCR2 goes ahead of entries.
     FaultsOvertakeEntries,
+    /// Quiet, what becomes present waits for the kernel's own pages too.
+    KernelsBearAll,
+    /// Quiet, the hypervisor is never asked about a page fault that comes again.
+    FaultsComeForEver,
 }
 
 std::thread_local! {
@@ -61,7 +65,7 @@ std::thread_local! {
 }
 
 impl Fault {
-    const ALL: [Self; 21] = [
+    const ALL: [Self; 23] = [
         Self::PartialBatchIsLost,
         Self::PartialBatchIsRepeated,
         Self::RefusedIsSkipped,
@@ -83,6 +87,8 @@ impl Fault {
         Self::PresentWaits,
         Self::PresentWaitsBeyondTheMode,
         Self::FaultsOvertakeEntries,
+        Self::KernelsBearAll,
+        Self::FaultsComeForEver,
     ];
 
     pub(super) fn is_on(self) -> bool {
@@ -122,14 +128,17 @@ const SET_A: Operation = Operation::SetPxE { entry: 0, present: true, defer: fal
 const CLEAR_A: Operation = Operation::SetPxE { entry: 0, present: false, defer: false };
 const SET_B: Operation = Operation::SetPxELong { entry: 1, present: true, defer: false };
 const DEFER_A: Operation = Operation::SetPxELong { entry: 0, present: true, defer: true };
+/// Of the kernel's own.
+const SET_C: Operation = Operation::SetPxE { entry: 2, present: true, defer: false };
 const TELL_C: Operation = Operation::UpdatePxE { entry: 2, defer: false };
 const DESCRIPTOR: Operation = Operation::WriteEntry { table: 0, index: 1 };
 
 /// Of each kind of operation one or two.
-const ALPHABET: [Operation; 16] = [
+const ALPHABET: [Operation; 18] = [
     SET_A,
     CLEAR_A,
     SET_B,
+    SET_C,
     DEFER_A,
     TELL_C,
     DESCRIPTOR,
@@ -143,6 +152,7 @@ const ALPHABET: [Operation; 16] = [
     Operation::Page { release: true },
     Operation::Page { release: false },
     Operation::Access(0),
+    Operation::Forget(0),
 ];
 
 /// Calls `each` with every sequence of operations of this length, until it says that it has seen enough.
@@ -247,7 +257,7 @@ fn every_fault_is_found() {
 
 prop_compose! {
     fn operation()(
-        kind in 0..25_u32, entry in 0..ENTRIES, present: bool, defer in prop::bool::weighted(0.2), table in 0..3_usize,
+        kind in 0..26_u32, entry in 0..ENTRIES, present: bool, defer in prop::bool::weighted(0.2), table in 0..3_usize,
         index in 0..2_usize, mode in 0..4_u32, observer in 0..5_usize,
     ) -> Operation {
         match kind {
@@ -265,6 +275,7 @@ prop_compose! {
             21 => Operation::Access(entry),
             22 => Operation::Page { release: present },
             23 => if present { Operation::Observer(observer) } else { Operation::Indifferent },
+            24 => Operation::Forget(entry),
             _ => Operation::Interrupts(present || defer),
         }
     }
@@ -346,6 +357,49 @@ fn without_the_section_an_interrupt_is_lost_or_loses() {
     };
     assert!(!(0..40).any(lost));
     assert!(Fault::InterruptsStayOn.within(|| (0..40).any(lost)));
+}
+
+/// Whether it takes a hypercall to tell late that an entry became present, with flags of the guest's and a queue that was prepared.
+fn told_at_once(
+    call: fn(u32, u32) -> Update,
+    flags: u32,
+    prepare: impl Fn(&Queue<8>, &Always),
+) -> bool {
+    let backend = Always(Ok(()), Cell::default(), Cell::default());
+    let queue = Queue::<8>::new();
+    queue.tell_late(true, 0xc000_0000);
+    prepare(&queue, &backend);
+    let before = backend.1.get();
+    let update = Update { low: PRESENT, high: flags, ..call(0x5000, 0) };
+    queue.submit_late(&backend, update, PRESENT, || queue.flush(&backend));
+    backend.1.get() > before
+}
+
+#[test]
+fn what_is_about_to_be_used_is_told_at_once() {
+    let current = |linear: u32| linear | EntryFlags::CURRENT_AS.bits();
+    let after_fault = |queue: &Queue<8>, backend: &Always| queue.fault(backend, 0x1234, || ());
+    let told = |flags| told_at_once(Update::UpdatePxE, flags, after_fault);
+    assert!(told(current(0x1000)));
+    assert!(!told(current(0x2000)));
+    // Of another space, and nobody has made anything of the table.
+    assert!(!told(0x1000));
+}
+
+#[test]
+fn only_the_directory_that_is_loaded_is_in_use() {
+    let shown = |root: u32| {
+        move |queue: &Queue<8>, _: &Always| {
+            queue.shown().map.iter().for_each(|word| word.set(!0));
+            queue.shown().root.set(root);
+        }
+    };
+    let directory = EntryFlags::PD.bits();
+    assert!(told_at_once(Update::UpdatePxE, directory, shown(0x5018)));
+    assert!(!told_at_once(Update::UpdatePxE, directory, shown(0x6018)));
+    // A page table may be one of any directory's, and with entries of 64 bits CR3 leads to four directories.
+    assert!(told_at_once(Update::UpdatePxE, EntryFlags::PT.bits(), shown(0x6018)));
+    assert!(told_at_once(Update::UpdatePxELong, directory, shown(0x6018)));
 }
 
 /// A backend that always gives the same answer.

@@ -58,8 +58,8 @@ pub const BATCH_LIMIT: u32 = 128;
 /// Words of the map that [`Hypercall::BeQuiet`] names.
 pub const MAP_WORDS: usize = 32;
 
-/// Bytes of it.
-pub const MAP_BYTES: u32 = 4 * MAP_WORDS as u32;
+/// Bytes of it, and of a word behind it for what CR3 holds.
+pub const SHOWN_BYTES: u32 = 4 * MAP_WORDS as u32 + 4;
 
 /// A hypercall's number, in EAX at VMMCALL.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,9 +73,12 @@ pub enum Hypercall {
     ReadCounters = 2,
     /// Ends the guest with a message. EBX: physical address of the text, ECX: its bytes. Does not return but on an error.
     Stop = 3,
-    /// From here on the guest's own page faults may be quiet. EBX: physical address of a map, a multiple of 4; ECX: its bytes,
-    /// [`MAP_BYTES`], within one page.
+    /// From here on the guest's own page faults may be quiet, and changes of the tables that CR3 leads to are told. EBX: physical address of
+    /// the map and the word behind it, a multiple of 4; ECX: their bytes, [`SHOWN_BYTES`], within one page; 0: none of it holds any longer.
     BeQuiet = 4,
+    /// A page fault came again whose cause the guest has seen to. EBX: its linear address, of which what is known is read again. Page
+    /// faults are not quiet until the next [`Hypercall::Apply`].
+    Reconsider = 5,
 }
 
 impl Hypercall {
@@ -87,6 +90,7 @@ impl Hypercall {
             2 => Some(Self::ReadCounters),
             3 => Some(Self::Stop),
             4 => Some(Self::BeQuiet),
+            5 => Some(Self::Reconsider),
             _ => None,
         }
     }

@@ -2,12 +2,13 @@
 
 #![expect(unsafe_code, reason = "UNSAFETY: instructions of ring 0")]
 
-use super::interface::{Hypercall, MAP_BYTES, MAP_WORDS, Status};
+use super::interface::{Hypercall, SHOWN_BYTES, Status};
 use super::{Reference, TEXT_LIMIT, describe, say};
-use crate::{Backend, Batch, CallNumber, Failure, Hypervisor, InterruptMask, Reason, Refusal};
+use crate::{
+    Backend, Batch, CallNumber, Failure, Hypervisor, InterruptMask, Reason, Refusal, Shown,
+};
 use core::arch::asm;
 use core::arch::x86::__cpuid_count;
-use core::cell::Cell;
 use core::ptr::with_exposed_provenance_mut;
 
 /// The debug console of Bochs and of QEMU's `-debugcon`. Reading it answers its own number.
@@ -99,11 +100,26 @@ impl Reference {
     /// Asks that the guest's own page faults reach it without an exit from now on; whether they may. The map lies in the granted memory;
     /// nothing waits.
     #[must_use]
-    pub fn be_quiet(&self, map: &[Cell<u32>; MAP_WORDS]) -> bool {
-        // SAFETY: the hypervisor stores to the map, whose cells say so.
-        let ask =
-            || unsafe { hypercall(Hypercall::BeQuiet, self.physical(map.as_ptr()), MAP_BYTES) };
+    pub fn be_quiet(&self, shown: &Shown) -> bool {
+        // SAFETY: the hypervisor stores to what is shown, whose cells say so.
+        let ask = || unsafe {
+            hypercall(Hypercall::BeQuiet, self.physical(core::ptr::from_ref(shown)), SHOWN_BYTES)
+        };
         self.quiet && ask().0 == Status::Done as i32
+    }
+
+    /// What [`Reference::be_quiet`] began ends.
+    pub fn be_loud(&self) {
+        if self.quiet {
+            // SAFETY: nothing of the guest's memory is named.
+            unsafe { hypercall(Hypercall::BeQuiet, 0, 0) };
+        }
+    }
+
+    /// Has the hypervisor look at a page fault that came again.
+    pub fn reconsider(&self, linear: u32) {
+        // SAFETY: the hypervisor reads the guest's tables again.
+        unsafe { hypercall(Hypercall::Reconsider, linear, 0) };
     }
 }
 

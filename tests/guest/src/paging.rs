@@ -219,6 +219,14 @@ impl Space {
         space
     }
 
+    /// Has the ROM area mapped for stores too, with all other memory, as kernels have it. The stores go nowhere.
+    pub(crate) fn open_rom_area(self) {
+        for address in ROM_AREA.step_by(PAGE as usize) {
+            let entry = self.entry(PAGE_OFFSET + address);
+            self.store(entry, self.load(entry) | WRITE | DIRTY);
+        }
+    }
+
     /// The space that a host has made, with the guest's own mappings besides. It has no 4 KiB of memory that nobody executes, for
     /// the host's tables know nothing of that.
     pub(crate) fn adopt() -> Self {

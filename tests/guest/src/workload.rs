@@ -105,6 +105,7 @@ fn sum(a: Counters, b: Counters) -> Counters {
 /// Does all of the work in the space of a mode, which is the current one.
 pub(crate) fn run(report: &mut Report, space: Space, rom: Rom) {
     let mode = space.mode.name();
+    space.open_rom_area();
     let kernel = match Kernel::bind(space.mode, rom) {
         Ok(kernel) => kernel,
         Err(reason) => {
@@ -155,7 +156,6 @@ impl core::fmt::Display for List<'_> {
 
 impl Stage {
     fn new(kernel: Kernel, swapper: Space) -> Self {
-        kernel.announce_all(swapper);
         let mut memory = Memory::new();
         let (program, libraries) = (memory.take(PROGRAM.pages), memory.take(LIBRARIES.pages));
         let (mapping, copies) = (memory.take(MAPPING.pages), memory.take(WRITTEN));

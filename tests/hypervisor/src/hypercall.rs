@@ -9,7 +9,7 @@ use crate::walk::{Level, Mode, PRESENT, Registers, find};
 use core::mem::size_of;
 use vmi_abi::number;
 use vmi_hv_backend::reference::interface::{
-    Counters, Hypercall, MAP_BYTES, MAP_WORDS, PHYSICAL, Status,
+    Counters, Hypercall, MAP_WORDS, PHYSICAL, SHOWN_BYTES, Status,
 };
 use vmi_hv_backend::{CallNumber, Update};
 
@@ -99,6 +99,7 @@ impl<M: Memory, H: Fn(u64) -> bool> Machine<'_, '_, M, H> {
                 Outcome::Return(status, applied)
             }
             Some(Hypercall::BeQuiet) => Outcome::Return(self.be_quiet(ebx, ecx), 0),
+            Some(Hypercall::Reconsider) => Outcome::Return(self.reconsider(ebx), 0),
             Some(Hypercall::ReadCounters) => {
                 let (status, written) = self.read_counters(ebx, ecx);
                 Outcome::Return(status, written)
@@ -112,18 +113,39 @@ impl<M: Memory, H: Fn(u64) -> bool> Machine<'_, '_, M, H> {
     }
 
     fn be_quiet(&mut self, address: u32, bytes: u32) -> Status {
-        let is_good = bytes == MAP_BYTES
-            && address % FRAME as u32 <= FRAME as u32 - MAP_BYTES
+        let is_good = bytes == SHOWN_BYTES
+            && address % FRAME as u32 <= FRAME as u32 - SHOWN_BYTES
             && self.has(address, bytes, 4, is_writable);
         match &mut self.quiet {
             None => Status::UnknownHypercall,
+            Some(quiet) if bytes == 0 => {
+                quiet.now = false;
+                self.show_map();
+                self.quiet.as_deref_mut().map(core::mem::take);
+                self.shadow.as_mut().map(|shadow| shadow.disown());
+                Status::Done
+            }
             Some(_) if !is_good => Status::BadBuffer,
             Some(quiet) => {
                 **quiet = Quiet { map: Some(address), is_shown: true, now: false };
                 self.show_map();
+                if let Some(shadow) = &mut self.shadow {
+                    shadow.disown();
+                    shadow.adopt(self.registers, self.memory);
+                }
                 Status::Done
             }
         }
+    }
+
+    fn reconsider(&mut self, linear: u32) -> Status {
+        let Some(quiet) = &mut self.quiet else { return Status::UnknownHypercall };
+        quiet.now = false;
+        self.show_map();
+        if let Some(shadow) = &mut self.shadow {
+            shadow.invalidate_page(self.registers, self.memory, linear);
+        }
+        Status::Done
     }
 
     /// Decides behind a batch whether page faults are quiet. After a refusal something may still wait.
@@ -141,9 +163,10 @@ impl<M: Memory, H: Fn(u64) -> bool> Machine<'_, '_, M, H> {
         let (Some(quiet), Some(shadow)) = (&mut self.quiet, &self.shadow) else { return };
         let Some(address) = quiet.map.filter(|_| quiet.now || quiet.is_shown) else { return };
         quiet.is_shown = quiet.now;
-        let mut words = [0; MAP_WORDS];
+        let mut words = [0; MAP_WORDS + 1];
         if quiet.now {
-            words.iter_mut().zip(shadow.map()).for_each(|(word, value)| *word = value);
+            let shown = shadow.map().chain([self.registers.cr3]);
+            words.iter_mut().zip(shown).for_each(|(word, value)| *word = value);
         }
         for (address, word) in (u64::from(address)..).step_by(4).zip(words) {
             // What was memory when the guest asked is memory.

@@ -218,13 +218,20 @@ pub struct Frame {
     writers: u32,
     /// The place of one of them, perhaps.
     writer: u32,
-    /// The guest tells of changes of the guest-physical frame.
+    /// The guest said that it tells of changes of the guest-physical frame.
     announced: bool,
+    /// It was a table before there was anybody to tell: [`Shadow::adopt`].
+    adopted: bool,
 }
 
 impl Frame {
     /// Nothing is known. All bytes are zero.
-    pub const EMPTY: Self = Self { head: 0, tables: 0, writers: 0, writer: 0, announced: false };
+    pub const EMPTY: Self =
+        Self { head: 0, tables: 0, writers: 0, writer: 0, announced: false, adopted: false };
+
+    const fn is_told(&self) -> bool {
+        self.announced || self.adopted
+    }
 }
 
 /// What [`Shadow`] works with, all of it the hypervisor's own.
@@ -453,16 +460,53 @@ impl<'a> Shadow<'a> {
     /// The frame is no page table any more. Should it be one yet, it is watched.
     pub fn release(&mut self, frame: u64) {
         if let Some(state) = self.state(frame) {
-            state.announced = false;
+            (state.announced, state.adopted) = (false, false);
         }
         self.drop_tables(frame);
+        self.changed = true;
+    }
+
+    /// The guest tells from here on of changes of all tables that CR3 leads to, as if they were announced.
+    pub fn adopt(&mut self, registers: &Registers, memory: &impl Memory) {
+        if !registers.has_paging() {
+            return;
+        }
+        for key in (0..4).filter_map(|quarter| Self::directory(registers, memory, quarter)) {
+            self.adopt_frame(key.frame);
+            let mode = key.mode;
+            let entries = (0..ENTRIES).map(|index| mode.read(memory, key.guest_entry(index)));
+            for entry in entries.filter(|entry| {
+                entry & PRESENT != 0
+                    && !mode.is_large(Level::Directory, *entry)
+                    && !mode.has_reserved(Level::Directory, *entry)
+            }) {
+                self.adopt_frame(mode.frame(Level::Directory, entry));
+            }
+        }
+        self.changed = true;
+    }
+
+    fn adopt_frame(&mut self, frame: u64) {
+        if let Some(state) = self.state(frame) {
+            state.adopted = true;
+        }
+    }
+
+    /// The guest tells no longer of changes of tables that it did not announce.
+    pub fn disown(&mut self) {
+        for frame in 0..self.frames.len() {
+            let state = &mut self.frames[frame];
+            if core::mem::take(&mut state.adopted) && !state.announced {
+                self.drop_tables(frame as u64);
+            }
+        }
         self.changed = true;
     }
 
     /// Whether changes of a frame will be told.
     #[must_use]
     pub fn is_announced(&self, frame: u64) -> bool {
-        self.frames.get(frame as usize).is_some_and(|state| state.announced)
+        self.frames.get(frame as usize).is_some_and(Frame::is_told)
     }
 
     /// What the guest uses a frame as, as far as it has shadows.
@@ -475,7 +519,7 @@ impl<'a> Shadow<'a> {
 
     /// Whether stores to a frame are not to be missed.
     fn is_watched(&self, frame: u64) -> bool {
-        self.frames.get(frame as usize).is_some_and(|state| state.tables > 0 && !state.announced)
+        self.frames.get(frame as usize).is_some_and(|state| state.tables > 0 && !state.is_told())
     }
 
     fn state(&mut self, frame: u64) -> Option<&mut Frame> {
@@ -750,21 +794,18 @@ impl Shadow<'_> {
 
     /// An entry that maps a frame of the guest.
     fn page(&self, memory: &impl Memory, frame: u64, attributes: u64, allowed: u64) -> u64 {
-        let (address, writable) = match memory.place(frame) {
-            Place::Memory(address) if self.is_watched(frame) => (address, 0),
+        let (address, stores) = match memory.place(frame) {
+            Place::Memory(address) if self.is_watched(frame) => (address, missing!(NoStores)),
             Place::Memory(address) if address / FRAME < self.frames.len() as u64 => {
                 (address, WRITABLE | TRACKED)
             }
             Place::Memory(address) | Place::Device(address) => (address, WRITABLE),
+            // Kernels have all of low memory mapped for stores, and store to no ROM.
             Place::ReadOnly(address) => (address, 0),
             Place::Nothing => (self.ones, 0),
         };
-        let (writable, missing) = match (allowed & WRITABLE, writable) {
-            (0, _) => (0, 0),
-            (_, 0) => (0, missing!(NoStores)),
-            (_, writable) => (writable, 0),
-        };
-        let given = allowed & !WRITABLE | writable | missing;
+        let stores = if allowed & WRITABLE == 0 { 0 } else { stores };
+        let given = allowed & !WRITABLE | stores;
         address & ADDRESS | PRESENT | ACCESSED | DIRTY | attributes | given
     }
 
@@ -839,7 +880,8 @@ impl Shadow<'_> {
         self.free = 1;
         self.free_count = tables - 1;
         for state in &mut *self.frames {
-            *state = Frame { announced: state.announced, ..Frame::EMPTY };
+            let Frame { announced, adopted, .. } = *state;
+            *state = Frame { announced, adopted, ..Frame::EMPTY };
         }
         self.marks.fill(0);
         self.flush = true;
@@ -918,7 +960,7 @@ impl Shadow<'_> {
             self.marks[key.frame as usize % MAP_BITS] += 1;
             if let Some(state) = self.state(key.frame) {
                 state.tables += 1;
-                if !state.announced {
+                if !state.is_told() {
                     self.protect(memory, key.frame);
                 }
             }

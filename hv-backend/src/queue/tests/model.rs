@@ -18,7 +18,10 @@ const DESCRIPTORS: usize = 2;
 const ENTRY_BASE: u32 = 0xc000_1000;
 const TABLE_BASES: [u32; 3] = [0xc001_0000, 0xc002_0000, 0xc003_0000];
 const TASK_STATE: u32 = 0xc004_0000;
-const PAGE_BASE: u32 = 0xc005_0000;
+/// The indices of pages are those of their entries, of 4 bytes each.
+const PAGE_BASE: u32 = 0x4000_0000;
+/// The last entry maps a page of the kernel's own.
+const KERNEL: u32 = page_address(ENTRIES - 1);
 const PAGE: u32 = 0x1000;
 const PRESENT: u64 = 1;
 
@@ -57,6 +60,8 @@ pub(super) enum Operation {
     },
     /// An access to memory that the entry maps; if it is not present, the page fault asks for GetCR2.
     Access(usize),
+    /// Quiet, the guest makes an entry present that it was to tell of, and does not.
+    Forget(usize),
     /// A flush by a call that has no effect here: IRET, GetCR3, APICWrite, GetPxELong, FlushDeferredCalls.
     Observer(usize),
     /// A call that needs to see nothing.
@@ -114,9 +119,9 @@ struct State {
 #[derive(Clone, Copy, Debug)]
 enum Begun {
     Update(Update),
-    /// An entry is stored in memory, in the section in which the update that tells of it is taken. With flags, and what the queue
-    /// is to know of the value.
-    Change(usize, u32, EntryFlags, u32, Update),
+    /// An entry is stored in memory, in the section in which the update that tells of it is taken. With what the queue is to know of the
+    /// value.
+    Change(usize, u32, u32, Update),
     SetLazyMode(u32),
 }
 
@@ -129,13 +134,13 @@ struct Seen {
     settles: bool,
 }
 
-fn entry_address(entry: usize) -> u32 {
+const fn entry_address(entry: usize) -> u32 {
     ENTRY_BASE + 8 * entry as u32
 }
 
 /// What an entry maps.
-fn page_address(entry: usize) -> u32 {
-    PAGE_BASE + PAGE * entry as u32
+const fn page_address(entry: usize) -> u32 {
+    PAGE_BASE + 2 * PAGE * entry as u32
 }
 
 fn entry_of(update: &Update) -> usize {
@@ -215,6 +220,8 @@ pub(super) struct Machine<'a, const CAPACITY: usize> {
     /// What the one that sees everything saw last.
     seen: Cell<Seen>,
     value: Cell<u32>,
+    /// The last page fault's address.
+    fault: Cell<u32>,
     mode: Cell<u32>,
     interrupts_are_on: Cell<bool>,
     interrupts: RefCell<VecDeque<Interrupt>>,
@@ -228,6 +235,8 @@ pub(super) struct Machine<'a, const CAPACITY: usize> {
     /// Refusals of the update that is due.
     in_a_row: Cell<u32>,
     is_stopped: Cell<bool>,
+    /// Entries that the guest made present without a word, and nobody has found yet.
+    forgotten: Cell<u32>,
     violation: RefCell<Option<String>>,
 }
 
@@ -253,6 +262,7 @@ impl<'a, const CAPACITY: usize> Machine<'a, CAPACITY> {
             begun: Cell::new(None),
             seen: Cell::default(),
             value: Cell::new(0),
+            fault: Cell::new(0),
             mode: Cell::new(0),
             interrupts_are_on: Cell::new(true),
             interrupts: RefCell::new(scenario.interrupts.iter().copied().collect()),
@@ -264,6 +274,7 @@ impl<'a, const CAPACITY: usize> Machine<'a, CAPACITY> {
             notes: Cell::new(0),
             in_a_row: Cell::new(0),
             is_stopped: Cell::new(false),
+            forgotten: Cell::new(0),
             violation: RefCell::new(None),
         }
     }
@@ -271,10 +282,10 @@ impl<'a, const CAPACITY: usize> Machine<'a, CAPACITY> {
     /// Runs the scenario, leaves the lazy mode, and tells what was not as promised.
     pub(super) fn run(&self) -> Result<(), String> {
         if self.scenario.late {
-            self.queue.tell_late(self.scenario.quiet);
+            self.queue.tell_late(self.scenario.quiet, KERNEL);
         }
         if self.scenario.quiet {
-            self.queue.map().iter().for_each(|word| word.set(!0));
+            self.queue.shown().map.iter().for_each(|word| word.set(!0));
         }
         for operation in &self.scenario.operations {
             self.step();
@@ -337,13 +348,13 @@ impl<'a, const CAPACITY: usize> Machine<'a, CAPACITY> {
                 if self.scenario.late =>
             {
                 let value = value | u32::from(present);
-                let flags = if defer { EntryFlags::empty() } else { EntryFlags::CURRENT_AS };
-                self.change(entry, value, flags, value, value);
+                let current = page_address(entry) | EntryFlags::CURRENT_AS.bits();
+                self.change(entry, value, if defer { 0 } else { current }, value, value);
             }
             Operation::UpdatePxE { entry, defer } if self.scenario.late => {
                 let value = value | PRESENT as u32;
                 let known = if defer { 0 } else { value };
-                self.change(entry, value, EntryFlags::empty(), known, CHANGED);
+                self.change(entry, value, 0, known, CHANGED);
             }
             // The same frame again and again.
             Operation::Page { release } if self.scenario.late => {
@@ -400,6 +411,15 @@ impl<'a, const CAPACITY: usize> Machine<'a, CAPACITY> {
             Operation::Page { release: false } => self.submit(Update::AllocatePage(value, 0)),
             Operation::Page { release: true } => self.submit(Update::ReleasePage(value, 0)),
             Operation::Access(entry) => self.access(entry),
+            Operation::Forget(entry) if self.scenario.quiet => {
+                let value = u64::from(value) | PRESENT;
+                for state in [&self.reference, &self.processor] {
+                    state.borrow_mut().entries[entry] = value;
+                }
+                self.possible.borrow_mut()[entry].push(value);
+                self.forgotten.set(self.forgotten.get() | 1 << entry);
+            }
+            Operation::Forget(_) => {}
             Operation::Observer(which) => match which {
                 0 => self.before(number::IRET.call().expect("in the table")),
                 1 => self.call(number::GetCR3, || ()),
@@ -426,10 +446,10 @@ impl<'a, const CAPACITY: usize> Machine<'a, CAPACITY> {
     }
 
     /// An entry changes, and that is told late.
-    fn change(&self, entry: usize, value: u32, flags: EntryFlags, known: u32, note: u32) {
+    fn change(&self, entry: usize, value: u32, flags: u32, known: u32, note: u32) {
         let update = Update::UpdatePxE(entry_address(entry), value << 12);
-        let update = Update { low: note, ..update };
-        self.begun.set(Some(Begun::Change(entry, value, flags, known, update)));
+        let update = Update { low: note, high: flags, ..update };
+        self.begun.set(Some(Begun::Change(entry, value, known, update)));
         self.take(update);
     }
 
@@ -446,11 +466,10 @@ impl<'a, const CAPACITY: usize> Machine<'a, CAPACITY> {
     }
 
     fn take(&self, update: Update) {
-        if let Some(Begun::Change(_, _, flags, known, _)) = self.begun.get() {
+        if let Some(Begun::Change(_, _, known, _)) = self.begun.get() {
             // As an entry of the image does it.
             let mask = self.queue.begin(self);
-            let change = (known, flags.bits());
-            self.queue.submit_late(self, update, change, || self.queue.flush(self));
+            self.queue.submit_late(self, update, known, || self.queue.flush(self));
             self.queue.end(self, mask);
         } else {
             self.queue.submit(self, update);
@@ -466,14 +485,26 @@ impl<'a, const CAPACITY: usize> Machine<'a, CAPACITY> {
     fn call(&self, number: CallNumber, effect: impl FnOnce()) {
         let call = number.call().expect("in the table");
         let target = self.order.borrow().len();
-        // Told late, a page fault is looked at in memory, unless CR3 waits to be loaded.
-        let is_due = number != number::GetCR2
-            || !self.scenario.late
-            || self.mode.get() == 2
-            || self.scenario.quiet && self.is_missed(!0);
         self.queue.call(self, call, effect);
+        self.expect_visible(target, call.name);
+    }
+
+    /// GetCR2 for a fault of this entry's page.
+    fn look_at_fault(&self, entry: usize) {
+        let target = self.order.borrow().len();
+        let linear = page_address(entry);
+        // Told late, a page fault is looked at in memory, unless CR3 waits to be loaded.
+        let is_due = !self.scenario.late
+            || self.mode.get() == 2
+            || self.scenario.quiet
+                && self.is_missed(!0, |update| update.address == entry_address(entry));
+        self.fault.set(linear);
+        self.queue.fault(self, linear + 1, || {
+            let value = self.processor.borrow().entries[entry];
+            self.make(entry, value);
+        });
         if is_due {
-            self.expect_visible(target, call.name);
+            self.expect_visible(target, "GetCR2");
         }
     }
 
@@ -483,17 +514,25 @@ impl<'a, const CAPACITY: usize> Machine<'a, CAPACITY> {
         self.expect_visible(target, call.name);
     }
 
-    /// Whether an entry waits with a note that has one of these bits.
-    fn is_missed(&self, bits: u32) -> bool {
+    /// Whether an entry waits with a note that has one of these bits, and of which this holds.
+    fn is_missed(&self, bits: u32, which: impl Fn(&Update) -> bool) -> bool {
         let order = self.order.borrow();
         let mut waiting = order[self.reached.get().min(order.len())..].iter();
-        waiting.any(|update| update.call == number::UpdatePxE && update.low & bits != 0)
+        waiting.any(|update| {
+            update.call == number::UpdatePxE && update.low & bits != 0 && which(update)
+        })
+    }
+
+    /// Whether a guest bears a page fault that its tables do not have, by its flags for the entry.
+    fn is_borne(flags: u32) -> bool {
+        flags & EntryFlags::CURRENT_AS.bits() != 0 && flags < KERNEL
     }
 
     /// The machine that sees everything at once sees what was begun: at the latest when the call returns, and otherwise
     /// when it disables interrupts, since nobody can come in between from there.
     fn see(&self) -> Seen {
-        let is_missed = self.scenario.quiet && self.is_missed(PRESENT as u32);
+        let is_missed = self.scenario.quiet
+            && self.is_missed(PRESENT as u32, |update| !Self::is_borne(update.high));
         let mut order = self.order.borrow_mut();
         let mode = self.mode.get();
         let settles = match self.begun.take() {
@@ -506,9 +545,12 @@ impl<'a, const CAPACITY: usize> Machine<'a, CAPACITY> {
                     false => new == 0 || leaves,
                 }
             }
-            Some(Begun::Change(entry, value, flags, known, update)) => {
+            Some(Begun::Change(entry, value, known, update)) => {
                 let is_present = u64::from(known) & PRESENT != 0;
-                let is_used = self.scenario.quiet || flags.contains(EntryFlags::CURRENT_AS);
+                let flags = update.high;
+                let is_about_to = flags & EntryFlags::CURRENT_AS.bits() != 0
+                    && page_address(entry) == self.fault.get();
+                let is_used = is_about_to || self.scenario.quiet && !Self::is_borne(flags);
                 let value = value.into();
                 for state in [&self.reference, &self.processor] {
                     state.borrow_mut().entries[entry] = value;
@@ -557,22 +599,40 @@ impl<'a, const CAPACITY: usize> Machine<'a, CAPACITY> {
         }
     }
 
+    /// The hypervisor makes something of an entry as it is in memory.
+    fn make(&self, entry: usize, value: u64) {
+        self.shadow.borrow_mut()[entry] = Some(value).filter(|value| value & PRESENT != 0);
+        self.forgotten.set(self.forgotten.get() & !(1 << entry));
+    }
+
     fn invalidate(&self, entry: usize) {
         self.tlb.borrow_mut()[entry] = None;
+        if self.forgotten.get() & 1 << entry != 0 {
+            // Nobody can know what was not told.
+            return;
+        }
         self.possible.borrow_mut()[entry] = Vec::from([self.reference.borrow().entries[entry]]);
     }
 
     fn access(&self, entry: usize) {
-        if !self.translates(entry) {
-            self.call(number::GetCR2, || {
-                let is_there = self.translates(entry);
-                let is_present = self.processor.borrow().entries[entry] & PRESENT != 0;
-                let is_well = is_there || !is_present || self.is_stopped.get();
-                self.check(!self.scenario.quiet || is_well, || {
-                    "the page fault of an entry that is present comes again".into()
-                });
-            });
+        // What was forgotten is found in the end. An interrupt may change the entry once more, or look at another fault.
+        for _ in 0..24 {
+            if self.translates(entry) {
+                return;
+            }
+            let waiting = self.interrupts.borrow().len();
+            self.look_at_fault(entry);
+            let is_forgotten = self.forgotten.get() & 1 << entry != 0;
+            if !is_forgotten && self.interrupts.borrow().len() == waiting {
+                break;
+            }
         }
+        let is_there = self.translates(entry);
+        let is_present = self.processor.borrow().entries[entry] & PRESENT != 0;
+        let is_well = is_there || !is_present || self.is_stopped.get();
+        self.check(!self.scenario.quiet || is_well, || {
+            "the page fault of an entry that is present comes again".into()
+        });
     }
 
     /// Whether the processor finds a translation, and remembers it.
@@ -616,14 +676,21 @@ impl<'a, const CAPACITY: usize> Machine<'a, CAPACITY> {
             number::UpdatePxE if self.scenario.late => {
                 let entry = entry_of(update);
                 let value = self.processor.borrow().entries[entry];
-                self.shadow.borrow_mut()[entry] = Some(value).filter(|value| value & PRESENT != 0);
+                self.make(entry, value);
                 self.tlb.borrow_mut()[entry] = None;
             }
             number::SetCR3 if self.scenario.late => {
                 (0..ENTRIES).for_each(|entry| self.invalidate(entry));
             }
             number::SetCR3 => *self.tlb.borrow_mut() = [None; ENTRIES],
-            number::InvalPage => self.invalidate(((update.address - PAGE_BASE) / PAGE) as usize),
+            number::InvalPage => {
+                let entry = ((update.address - PAGE_BASE) / (2 * PAGE)) as usize;
+                if self.forgotten.get() & 1 << entry != 0 {
+                    let value = self.processor.borrow().entries[entry];
+                    self.make(entry, value);
+                }
+                self.invalidate(entry);
+            }
             number::FlushTLB => (0..ENTRIES).for_each(|entry| self.invalidate(entry)),
             _ => {}
         }

@@ -11,7 +11,7 @@ use crate::processor;
 use crate::segments::{USER_CODE as USER_CODE_SELECTOR, USER_DATA};
 use crate::session::FIXED_FLAG;
 use vmi_abi::number;
-use vmi_hv_backend::reference::interface::{Counters, Hypercall, MAP_BYTES, PHYSICAL, Status};
+use vmi_hv_backend::reference::interface::{Counters, Hypercall, PHYSICAL, SHOWN_BYTES, Status};
 use vmi_hv_backend::{CallNumber, Update};
 
 const APPLY: u32 = Hypercall::Apply as u32;
@@ -173,10 +173,10 @@ pub(super) fn malformed(trial: &mut Trial<'_>) {
     }
     // A map that is not the guest's memory, or in two pages, or of another size. With nested paging there is none.
     let no_map = [Status::BadBuffer, Status::UnknownHypercall];
-    for address in edges.into_iter().chain([1, 2, PAGE - MAP_BYTES + 4].map(|by| buffer() + by)) {
-        trial.refused(BE_QUIET, address, MAP_BYTES, &no_map);
+    for address in edges.into_iter().chain([1, 2, PAGE - SHOWN_BYTES + 4].map(|by| buffer() + by)) {
+        trial.refused(BE_QUIET, address, SHOWN_BYTES, &no_map);
     }
-    for bytes in [0, 1, MAP_BYTES - 4, MAP_BYTES + 4, PAGE, u32::MAX] {
+    for bytes in [1, SHOWN_BYTES - 4, SHOWN_BYTES + 4, PAGE, u32::MAX] {
         trial.refused(BE_QUIET, buffer(), bytes, &no_map);
     }
     // A range that begins in the guest's memory and runs into what is not, or round the end.

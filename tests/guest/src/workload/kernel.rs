@@ -8,7 +8,7 @@
 
 use crate::boot::PAGE_OFFSET;
 use crate::checks::own_code;
-use crate::paging::{Mode, PAGE, PRESENT, Space, WRITE};
+use crate::paging::{Mode, PAGE, Space, WRITE};
 use crate::rom::Rom;
 use crate::segments::{GDT, TASK_STATE};
 use core::arch::asm;
@@ -53,6 +53,7 @@ impl Kernel {
         let kernel = Self { mode, stores_by_call: relocation(store).kind != RelocationType::NONE };
         if CALLS.is_bound(number::SetLinearMapping) {
             const DIRECT_PAGES: u32 = (16 << 20) / PAGE;
+            // The tables of the kernel's own space were there before the ROM, and are never announced: so it is with Linux.
             // SAFETY: physical memory from 0 is mapped there for good.
             unsafe { CALLS.SetLinearMapping(0, PAGE_OFFSET, DIRECT_PAGES, 0) };
         }
@@ -157,26 +158,6 @@ impl Kernel {
         if CALLS.is_bound(number::AllocatePage) {
             // SAFETY: the frame is a table of the caller's.
             unsafe { CALLS.AllocatePage(table / PAGE, self.page_flags(level), 0, 0, 0) };
-        }
-    }
-
-    /// Tells of all tables of a space, as a kernel does that has made them itself; the top level of PAE is none that is told of.
-    pub(super) fn announce_all(self, space: Space) {
-        const FRAME: u64 = 0xffff_f000;
-        let announce = |entry: u64, level| {
-            if entry & PRESENT != 0 {
-                self.announce((entry & FRAME) as u32, level);
-            }
-        };
-        match self.mode {
-            Mode::NonPae => self.announce(space.cr3(), PageFlags::PD),
-            Mode::Pae => {
-                (0..4)
-                    .for_each(|index| announce(space.load(space.top_entry(index)), PageFlags::PD));
-            }
-        }
-        for linear in (0..=u32::MAX).step_by(self.mode.table_span() as usize) {
-            announce(space.load(space.directory_entry(linear)), PageFlags::PT);
         }
     }
 

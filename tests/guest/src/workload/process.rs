@@ -308,9 +308,8 @@ impl Process {
                 kernel.release(directory, PageFlags::PD);
                 memory.tables.put(directory);
             }
-        } else {
-            kernel.release(self.space.cr3(), PageFlags::PD);
         }
+        // Of the top level Linux tells nothing, here nor there.
         memory.roots.put(self.space.cr3());
     }
 
@@ -351,13 +350,17 @@ const MOST_FAULTS: u32 = 2048;
 static SERVED: Mutex<Option<Served>> = Mutex::new(None);
 
 /// A write to a page that is read-only because it is, or was, shared (`do_wp_page`).
-///
 fn serve(address: u32) {
     let mut served = SERVED.lock();
     let Some(Served { process, sharing, copies, faults }) = served.as_mut() else { return };
     let Process { space, kernel } = *process;
+    // A handler of page faults asks for the address, and may find nothing to do.
+    kernel.fault_address();
     let linear = address & !(PAGE - 1);
     let (entry, flags) = (space.entry(linear), process.flags(linear));
+    if space.load(entry) & WRITE != 0 {
+        return;
+    }
     *faults += 1;
     assert!(*faults < MOST_FAULTS, "write faults that are served come again: {address:#x}");
     match sharing {

@@ -357,18 +357,17 @@ fn page_faults_are_quiet_behind_a_batch_that_is_all_there_is() {
             machine.call(Call { eax, ebx, ecx, cpl: 0 })
         };
         let none = Outcome::Return(Status::UnknownHypercall, 0);
-        assert_eq!(guest.call(4, MAP, MAP_BYTES), none, "not offered");
+        assert_eq!(guest.call(4, MAP, SHOWN_BYTES), none, "not offered");
 
         let mut quiet = Quiet::default();
         let bad = Outcome::Return(Status::BadBuffer, 0);
         for (address, bytes) in [
-            (MAP + 1, MAP_BYTES),
-            (MAP, MAP_BYTES + 4),
-            (MAP, 0),
-            (FREE + FRAME as u32 - MAP_BYTES + 4, MAP_BYTES),
-            ((ROM * FRAME) as u32, MAP_BYTES),
-            ((DEVICE * FRAME) as u32, MAP_BYTES),
-            (0xffff_ff80, MAP_BYTES),
+            (MAP + 1, SHOWN_BYTES),
+            (MAP, SHOWN_BYTES + 4),
+            (FREE + FRAME as u32 - SHOWN_BYTES + 4, SHOWN_BYTES),
+            ((ROM * FRAME) as u32, SHOWN_BYTES),
+            ((DEVICE * FRAME) as u32, SHOWN_BYTES),
+            (0xffff_ff80, SHOWN_BYTES),
         ] {
             assert_eq!(call(&mut guest, &mut quiet, 4, address, bytes), bad, "{address:#x}");
             assert_eq!(quiet, Quiet::default());
@@ -379,7 +378,7 @@ fn page_faults_are_quiet_behind_a_batch_that_is_all_there_is() {
             guest.ram.put(2 * FRAME + frame * u64::from(size), size as usize, value);
         }
         guest.ram.put(MAP.into(), 8, u64::MAX);
-        assert_eq!(call(&mut guest, &mut quiet, 4, MAP, MAP_BYTES), done);
+        assert_eq!(call(&mut guest, &mut quiet, 4, MAP, SHOWN_BYTES), done);
         assert_eq!(guest.ram.read(MAP.into(), 8), Some(0));
 
         // In the page of the map, and elsewhere.
@@ -388,11 +387,14 @@ fn page_faults_are_quiet_behind_a_batch_that_is_all_there_is() {
         let announce = [1, 2].map(|frame| frame_update(number::AllocatePage, frame));
         let flush = [frame_update(number::FlushTLB, 0)];
         let cr3 = Update::SetCR3(guest.registers.cr3);
-        let lost = [guest.set(2 * FRAME as u32, OPEN | DIRTY | (ROM * FRAME))];
+        let end = [frame_update(number::ReleasePage, 2)];
+        let lost = [guest.set(2 * FRAME as u32, OPEN)];
         let found = [guest.set(2 * FRAME as u32, 0)];
         let wrong = [frame_update(CallNumber(0), 0)];
         for (what, place, updates, is_quiet) in [
-            ("not announced", all, &flush[..], false),
+            ("there before", all, &[cr3][..], true),
+            ("released", all, &end, false),
+            ("not announced", all, &flush, false),
             ("announced", some, &announce, false),
             ("loaded elsewhere", some, &[cr3], false),
             ("loaded", all, &[cr3], true),
@@ -411,7 +413,57 @@ fn page_faults_are_quiet_behind_a_batch_that_is_all_there_is() {
                 "{what}"
             );
             assert_eq!(map(&guest) & !6, 0, "{what}");
+            let root = guest.ram.read(u64::from(MAP + SHOWN_BYTES) - 4, 4).unwrap_or_default();
+            assert_eq!(root as u32, if is_quiet { guest.registers.cr3 } else { 0 }, "{what}");
         }
+    }
+}
+
+#[test]
+fn what_was_there_before_is_told_until_the_guest_takes_it_back() {
+    const MAP: u32 = FREE + 8;
+    const PAGE: u32 = 8;
+    let done = Outcome::Return(Status::Done, 0);
+    for pae in [false, true] {
+        let mut guest = Guest::new(pae, false);
+        let mut quiet = Quiet::default();
+        let call = |guest: &mut Guest, quiet: &mut Quiet, eax, ebx, ecx| {
+            let mut machine = Machine { quiet: Some(quiet), ..guest.machine() };
+            machine.call(Call { eax, ebx, ecx, cpl: 0 })
+        };
+        let read = crate::walk::Access::of_error(0);
+        let linear = PAGE * FRAME as u32;
+        let leads_to = |guest: &Guest| {
+            let found = crate::shadow::machine::walk(&guest.shadow, linear, read);
+            found.ok().map(|(address, _)| MEMORY - 1 - address / FRAME)
+        };
+        // A store without a word to a table that nobody announced.
+        let store = |guest: &Guest, frame: u64| {
+            let size = guest.size() as usize;
+            let place = 2 * FRAME + u64::from(PAGE) * size as u64;
+            guest.ram.put(place, size, (frame * FRAME) | OPEN | DIRTY);
+        };
+        assert!(!guest.shadow.is_announced(2));
+        assert_eq!(call(&mut guest, &mut quiet, 4, MAP, SHOWN_BYTES), done);
+        assert!(guest.shadow.is_announced(1) && guest.shadow.is_announced(2));
+        let registers = guest.registers;
+        let _ = guest.shadow.fault(&registers, &guest.ram, linear, 0);
+        assert_eq!(leads_to(&guest), Some(u64::from(PAGE)));
+
+        store(&guest, 9);
+        assert_eq!(leads_to(&guest), Some(u64::from(PAGE)), "not told");
+        quiet.now = true;
+        assert_eq!(call(&mut guest, &mut quiet, 5, linear, 0), done);
+        assert_eq!((leads_to(&guest), quiet.now), (Some(9), false), "asked about again");
+
+        assert_eq!(call(&mut guest, &mut quiet, 4, MAP, 0), done);
+        assert_eq!((quiet, leads_to(&guest)), (Quiet::default(), None));
+        store(&guest, 10);
+        let _ = guest.shadow.fault(&registers, &guest.ram, linear, 0);
+        assert!(!guest.shadow.is_announced(2), "it is not told of any more");
+        assert_eq!(leads_to(&guest), Some(10));
+        let none = Outcome::Return(Status::UnknownHypercall, 0);
+        assert_eq!(guest.call(5, linear, 0), none, "not offered");
     }
 }
 

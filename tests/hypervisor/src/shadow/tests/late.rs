@@ -7,7 +7,7 @@
 //!
 //! In every second run page faults are quiet where the shadow is complete. Then the kernel gets what the processor finds. It has to be a
 //! page fault by the tables as they are, or were since the last flush if a store was forbidden; in the mode MMU also that of a page
-//! that was changed there. And once the kernel has asked for its address, it may not come again.
+//! that was changed there, and always that of a program's page. And once the kernel has asked for its address, it may not come again.
 
 use super::super::machine::*;
 use super::super::*;
@@ -23,7 +23,7 @@ use std::vec::Vec;
 use vmi_abi::CallNumber;
 use vmi_abi::flags::{EntryFlags, LazyMode};
 use vmi_abi::number;
-use vmi_hv_backend::reference::interface::{Hypercall, MAP_BYTES, PHYSICAL, Status};
+use vmi_hv_backend::reference::interface::{Hypercall, PHYSICAL, SHOWN_BYTES, Status};
 use vmi_hv_backend::{
     Backend, Batch, CHANGED, Failure, Hypervisor, InterruptMask, Queue, Reason, Refusal, Update,
 };
@@ -111,7 +111,10 @@ impl Host {
         });
         quiet.now |= self.3 == Fault::QuietForAll;
         self.1.set(quiet);
-        for (word, address) in self.2.map().iter().zip((MAP * FRAME..).step_by(4)) {
+        let shown = self.2.shown();
+        for (word, address) in
+            shown.map.iter().chain([&shown.root]).zip((MAP * FRAME..).step_by(4))
+        {
             let value = ram.read(address, 4).unwrap_or_default() as u32;
             word.set(if self.3 == Fault::MapStaysClear { 0 } else { value });
         }
@@ -140,6 +143,9 @@ const MAP: u64 = MEMORY - 1;
 /// Where tables are: the first linear address that each maps, and the pages that are used of it.
 const REGIONS: [u32; 2] = [0, 1 << 22];
 const PAGES: u32 = 4;
+
+/// From here on pages are the kernel's own. It bears page faults of programs' pages that its tables do not have.
+const KERNEL: u32 = REGIONS[1];
 
 /// An address space: its highest table, its directory, and the tables of its regions.
 struct Space {
@@ -194,10 +200,10 @@ impl Kernel {
             quiet: 0,
             quiet_faults: 0,
         };
-        kernel.queue.tell_late(quiet);
+        kernel.queue.tell_late(quiet, KERNEL);
         if quiet {
             let (eax, ebx) = (Hypercall::BeQuiet as u32, (MAP * FRAME) as u32);
-            let call = Call { eax, ebx, ecx: MAP_BYTES, cpl: 0 };
+            let call = Call { eax, ebx, ecx: SHOWN_BYTES, cpl: 0 };
             let outcome = kernel.host.with(|machine| machine.call(call));
             assert_eq!(outcome, Outcome::Return(Status::Done, 0));
         }
@@ -237,18 +243,18 @@ impl Kernel {
 
     /// As the ROM does it: stored at once, told late.
     fn set(&mut self, address: u64, value: u64, flags: u32) {
-        self.change(address, value, value as u32, (value as u32, flags));
+        self.change(address, value, [value as u32, flags], value as u32);
     }
 
-    /// The same with the ROM's note, and what the queue is to know.
-    fn change(&mut self, address: u64, value: u64, low: u32, known: (u32, u32)) {
+    /// The same with the ROM's notes, and what the queue is to know.
+    fn change(&mut self, address: u64, value: u64, [low, high]: [u32; 2], known: u32) {
         let (size, call) =
             if self.pae { (8, number::UpdatePxELong) } else { (4, number::UpdatePxE) };
         self.store(address, size, value);
         self.note();
         self.is_unsettled |= self.mode == LazyMode::MMU;
         if self.fault != Fault::ChangesUntold {
-            let update = Update { call, address: address as u32, low, high: 0, flags: PHYSICAL };
+            let update = Update { call, address: address as u32, low, high, flags: PHYSICAL };
             self.queue.submit_late(&self.host, update, known, || self.queue.flush(&self.host));
         }
     }
@@ -346,7 +352,9 @@ impl Kernel {
         value &= if numbers.one_in(4) { !DIRTY } else { !0 };
         value &= if numbers.one_in(6) { !(ACCESSED | DIRTY) } else { !0 };
         value = if numbers.one_in(4) { 0 } else { value };
-        let current = if space == self.current { EntryFlags::CURRENT_AS.bits() } else { 0 };
+        let linear = REGIONS[region] + page as u32 * FRAME as u32;
+        let current =
+            if space == self.current { EntryFlags::CURRENT_AS.bits() | linear } else { 0 };
         let flags = EntryFlags::PT.bits() | current;
         let address = table * FRAME + page * self.size();
         if numbers.one_in(3) {
@@ -356,7 +364,7 @@ impl Kernel {
             let (is_deferred, is_current) = (numbers.one_in(2), numbers.one_in(2));
             let value_told = if was_there && is_deferred { 0 } else { value as u32 };
             let came = if was_there && is_current { 0 } else { value as u32 & 1 };
-            self.change(address, value, CHANGED | came, (value_told, 0));
+            self.change(address, value, [CHANGED | came, 0], value_told);
         } else {
             self.set(address, value, flags);
         }
@@ -421,7 +429,7 @@ impl Kernel {
                     let is_old = error & ERROR_PRESENT != 0
                         && access.write
                         && possible.iter().flatten().any(|(_, writable)| !writable);
-                    let is_excused = is_old || self.is_unsettled;
+                    let is_excused = is_old || self.is_unsettled || linear < KERNEL;
                     match expected {
                         Err(PageFault { error: own }) if own == error || is_excused => {
                             self.quiet_faults += 1;
@@ -429,8 +437,7 @@ impl Kernel {
                         }
                         Ok(_) if is_excused && !was_asked => {
                             drop(world);
-                            let call = number::GetCR2.call().ok_or("no GetCR2")?;
-                            self.queue.call(&self.host, call, || ());
+                            self.queue.fault(&self.host, linear, || ());
                             was_asked = true;
                             continue;
                         }
