@@ -192,7 +192,12 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
         {
             flush();
         }
-        self.take(backend, update, may_wait, flush);
+        let behind = || {
+            if !may_wait() {
+                flush();
+            }
+        };
+        self.take(backend, update, behind, &flush);
     }
 
     /// Whether a frame becomes a table whose end as one still waits to be told.
@@ -291,29 +296,43 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
     /// [`Queue::submit_uninterrupted`].
     ///
     /// `update` has notes for the queue: in `low` the lower half of the new value, or [`CHANGED`], in `high` the guest's flags. `value`: what
-    /// became of the entry, 0 where the guest lets it wait. Two kinds of changes do not wait outside of the mode MMU, both to present entries.
-    /// Where the guest maps the page of its last page fault, it is about to use the page, and to be told at once costs no more than the next
-    /// page fault. And where the hypervisor leaves the guest its page faults, there may be none to be told by, but that of a program's page,
-    /// which the guest bears.
+    /// became of the entry, 0 where the guest lets it wait. Where it is present, and outside of the mode MMU, `settle` does [`Queue::settle`].
     #[inline(always)]
     pub fn submit_late(
         &self,
         backend: &impl Backend,
         update: Update,
         value: u32,
+        settle: impl Fn(),
         flush: impl Fn(),
     ) {
-        let waits = || {
-            let current = update.high & CURRENT_USED;
-            if current < self.used_from.get() {
-                return true;
+        let behind = || {
+            if update.high & CURRENT_USED >= self.used_from.get() {
+                seldom();
+                if value & PRESENT != 0 {
+                    settle();
+                }
             }
-            seldom();
-            let is_about_to = current != 0 && (update.high ^ self.fault.get()) & PAGE == 0;
-            let is_owed = self.is_in_use(&update) && !self.is_borne(update.high);
-            value & PRESENT == 0 || !is_about_to && (!is_owed || faulty!(PresentWaits))
         };
-        self.take(backend, update, waits, flush);
+        self.take(backend, update, behind, flush);
+    }
+
+    /// Flushes unless the update that was taken last may wait, which tells that an entry is present. Interrupts are off.
+    ///
+    /// Two kinds may not. Where the guest maps the page of its last page fault, it is about to use the page, and to be told at once costs no
+    /// more than the next page fault. And where the hypervisor leaves the guest its page faults, there may be none to be told by, but that
+    /// of a program's page, which the guest bears.
+    pub fn settle(&self, backend: &impl Backend) {
+        let last = self.count.get().wrapping_sub(1);
+        let Some(update) = self.updates.get(last as usize).map(Cell::get) else { return };
+        let is_about_to = update.high & CURRENT_USED != 0
+            && (update.high ^ self.fault.get()) & PAGE == 0
+            && !faulty!(PresentWaits);
+        let is_owed =
+            self.is_in_use(&update) && !self.is_borne(update.high) && !faulty!(PresentWaits);
+        if is_about_to || is_owed {
+            self.drain(backend);
+        }
     }
 
     /// Makes everything visible that waits.
@@ -435,14 +454,14 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
         backend.set_interrupt_mask(mask);
     }
 
-    /// Puts an update behind all others, and flushes if it does not wait, or is the last for which there is room. There always is for
-    /// one; only a queue that is stopped stays full.
+    /// Puts an update behind all others, and does what comes `behind` it; the last one for which there is room has all flushed. There always
+    /// is room for one; only a queue that is stopped stays full.
     #[inline(always)]
     fn take(
         &self,
         _backend: &impl Backend,
         update: Update,
-        waits: impl FnOnce() -> bool,
+        behind: impl FnOnce(),
         flush: impl Fn(),
     ) {
         step!(_backend);
@@ -451,14 +470,12 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
         let leaves_room = self.updates.get(..CAPACITY - 1);
         if let Some(place) = leaves_room.and_then(|updates| updates.get(count as usize)) {
             self.put(_backend, place, count, update);
-            if !waits() {
-                flush();
-            }
+            behind();
         } else {
             if let Some(place) = self.updates.get(count as usize) {
                 self.put(_backend, place, count, update);
             }
-            if !faulty!(FullQueueDrops) || !waits() {
+            if !faulty!(FullQueueDrops) {
                 flush();
             }
         }

@@ -188,8 +188,10 @@ fn change(update: Update, told: CallNumber, store: impl FnOnce() -> [u32; 3]) {
         let [low, became, flags] = store();
         let update = Update { call: told, address, low, high: flags, flags: PHYSICAL };
         // SAFETY: as in `Chosen::submit`.
+        let settle = || unsafe { asm!("call {}", sym settle, clobber_abi("fastcall")) };
+        // SAFETY: as above.
         let flush = || unsafe { asm!("call {}", sym flush, clobber_abi("fastcall")) };
-        chosen.queue.submit_late(chosen.transport, update, became, flush);
+        chosen.queue.submit_late(chosen.transport, update, became, settle, flush);
     } else {
         chosen.submit(Update { flags: Reference::entry_flags(flags), ..update });
     }
@@ -443,6 +445,12 @@ endings! { Halt Reboot }
 
 extern "fastcall" fn flush() {
     flushed(|| ());
+}
+
+extern "fastcall" fn settle() {
+    // SAFETY: as above.
+    let Chosen { transport, queue, .. } = unsafe { chosen() };
+    queue.settle(transport);
 }
 
 /// What is no update goes through [`flushed`], as [`Role`] says it has to.

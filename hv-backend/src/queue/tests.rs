@@ -371,7 +371,8 @@ fn told_at_once(
     prepare(&queue, &backend);
     let before = backend.1.get();
     let update = Update { low: PRESENT, high: flags, ..call(0x5000, 0) };
-    queue.submit_late(&backend, update, PRESENT, || queue.flush(&backend));
+    let (settle, flush) = (|| queue.settle(&backend), || queue.flush(&backend));
+    queue.submit_late(&backend, update, PRESENT, settle, flush);
     backend.1.get() > before
 }
 

@@ -469,7 +469,8 @@ impl<'a, const CAPACITY: usize> Machine<'a, CAPACITY> {
         if let Some(Begun::Change(_, _, known, _)) = self.begun.get() {
             // As an entry of the image does it.
             let mask = self.queue.begin(self);
-            self.queue.submit_late(self, update, known, || self.queue.flush(self));
+            let (settle, flush) = (|| self.queue.settle(self), || self.queue.flush(self));
+            self.queue.submit_late(self, update, known, settle, flush);
             self.queue.end(self, mask);
         } else {
             self.queue.submit(self, update);

@@ -112,8 +112,7 @@ impl Host {
         quiet.now |= self.3 == Fault::QuietForAll;
         self.1.set(quiet);
         let shown = self.2.shown();
-        for (word, address) in
-            shown.map.iter().chain([&shown.root]).zip((MAP * FRAME..).step_by(4))
+        for (word, address) in shown.map.iter().chain([&shown.root]).zip((MAP * FRAME..).step_by(4))
         {
             let value = ram.read(address, 4).unwrap_or_default() as u32;
             word.set(if self.3 == Fault::MapStaysClear { 0 } else { value });
@@ -255,7 +254,9 @@ impl Kernel {
         self.is_unsettled |= self.mode == LazyMode::MMU;
         if self.fault != Fault::ChangesUntold {
             let update = Update { call, address: address as u32, low, high, flags: PHYSICAL };
-            self.queue.submit_late(&self.host, update, known, || self.queue.flush(&self.host));
+            let (settle, flush) =
+                (|| self.queue.settle(&self.host), || self.queue.flush(&self.host));
+            self.queue.submit_late(&self.host, update, known, settle, flush);
         }
     }
 
