@@ -202,11 +202,35 @@ impl Kind {
             Self::Sources => "deb-src",
         }
     }
+
+    /// What lets `apt-get` leave a file in its folder.
+    const fn words(self) -> &'static [&'static str] {
+        match self {
+            Self::Packages(_) => &["download"],
+            Self::Sources => &["source", "--download-only"],
+        }
+    }
+
+    /// Versions, as `apt-cache madison` lists them: the newest first.
+    fn versions(self, text: &str) -> Vec<&str> {
+        let end = match self {
+            Self::Packages(_) => "Packages",
+            Self::Sources => "Sources",
+        };
+        let mut versions: Vec<&str> = text
+            .lines()
+            .filter(|line| line.trim_end().ends_with(end))
+            .filter_map(|line| line.split('|').nth(1).map(str::trim))
+            .collect();
+        versions.dedup();
+        versions
+    }
 }
 
 /// apt with lists and a status of its own.
 pub(crate) struct Apt {
     folder: PathBuf,
+    kind: Kind,
 }
 
 impl Apt {
@@ -240,7 +264,7 @@ impl Apt {
         }
         build::write(&folder.join("status"), b"")?;
         build::write(&folder.join("apt.conf"), configuration(folder, kind).as_bytes())?;
-        Ok(Self { folder: folder.to_owned() })
+        Ok(Self { folder: folder.to_owned(), kind })
     }
 
     /// Where files land.
@@ -277,18 +301,49 @@ impl Apt {
 
     /// Its file.
     fn download(&self, package: &str) -> Result<PathBuf> {
+        self.get(package).map_err(anyhow::Error::msg)?;
+        self.file(&format!("{package}_"))
+    }
+
+    /// Lets apt leave a package, or a source, in the folder.
+    fn get(&self, package: &str) -> Result<(), String> {
         let mut command = self.command("apt-get");
-        output(command.args(["--quiet", "--quiet", "download", package]))
-            .map_err(anyhow::Error::msg)
-            .with_context(|| format!("the package {package} cannot be fetched"))?;
+        command.args(["--quiet", "--quiet"]).args(self.kind.words()).arg(package);
+        output(&mut command).map(|_| ()).map_err(|reason| format!("{package}: {reason}"))
+    }
+
+    /// The file of a package in the folder.
+    pub(crate) fn file(&self, start: &str) -> Result<PathBuf> {
         let is_it = |path: &PathBuf| {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
-            name.starts_with(&format!("{package}_")) && name.ends_with(".deb")
+            name.starts_with(start) && name.ends_with(".deb")
         };
         fs::read_dir(&self.folder)?
             .filter_map(|entry| Some(entry.ok()?.path()))
             .find(is_it)
-            .with_context(|| format!("apt-get download left no file of {package}"))
+            .with_context(|| format!("apt-get left no file {start}*.deb"))
+    }
+
+    /// Reads the lists, and gets the newest version of a package, or of a source, that there is. Says which that is.
+    pub(crate) fn newest(&self, package: &str) -> Result<String> {
+        let updated = self.update();
+        let text = output(self.command("apt-cache").args(["madison", package])).unwrap_or_default();
+        let versions = self.kind.versions(&text);
+        if versions.is_empty() {
+            match updated {
+                Err(reason) => bail!("Debian's package lists cannot be read: {reason}"),
+                Ok(()) => bail!("Debian's sources have no {package}"),
+            }
+        }
+        let mut refused = String::new();
+        // Lists are at times ahead of what a mirror has.
+        for version in versions {
+            match self.get(&format!("{package}={version}")) {
+                Ok(()) => return Ok(version.to_owned()),
+                Err(reason) => refused.push_str(&format!("\n{reason}")),
+            }
+        }
+        bail!("none of Debian's versions of {package} can be fetched:{refused}")
     }
 }
 
@@ -486,6 +541,17 @@ mod tests {
                 own.trim()
             );
         }
+    }
+
+    #[test]
+    fn versions_are_listed_newest_first_and_packages_are_not_sources() {
+        let text = "       xen | 4.17.7+13-1 | http://a bookworm-security/main Sources\n\
+                    xen | 4.17.5+72-1 | http://a bookworm/main Sources\n\
+                    xen | 4.17.5+72-1 | http://b bookworm/main Sources\n\
+                    xen | 4.17.5+72-2 | http://b bookworm/main amd64 Packages\n";
+        assert_eq!(Kind::Sources.versions(text), ["4.17.7+13-1", "4.17.5+72-1"]);
+        assert_eq!(Kind::Packages("amd64").versions(text), ["4.17.5+72-2"]);
+        assert!(Kind::Sources.versions("N: Unable to locate package xen\n").is_empty());
     }
 
     #[test]

@@ -17,6 +17,7 @@
 //! - [`trace`]: its exits, as a trace that viewers open,
 //! - [`linux`], [`debian`]: Linux as the guest, and where it comes from,
 //! - [`xen`]: the guest on Xen, and where Xen comes from,
+//! - `kbuild`: builds of Linux and of Xen,
 //! - [`iso`]: a disc that boots the guest,
 //! - [`inspect`]: what is in an image, and whether it keeps the contract,
 //! - [`reference`]: the page of calls in `docs/`,
@@ -32,6 +33,7 @@ pub mod hypervisor;
 pub mod image;
 pub mod inspect;
 pub mod iso;
+mod kbuild;
 pub mod kvm;
 pub mod link;
 pub mod linux;

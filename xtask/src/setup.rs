@@ -286,8 +286,23 @@ fn rustup_commands(rustup: Rustup) -> Vec<String> {
 /// Debian's packages for discs. None of them touches the machine's own boot loader: grub-pc would.
 const ISO_PACKAGES: [&str; 3] = ["grub-common", "grub-pc-bin", "xorriso"];
 
-/// Debian's packages that build Xen; `dpkg-dev` unpacks its source.
-const XEN_PACKAGES: [&str; 6] = ["make", "flex", "bison", "python3", "xz-utils", "dpkg-dev"];
+/// The packages of what is missing of the programs that are wanted by their names, each of them once.
+fn program_packages(facts: &Facts) -> Vec<&'static str> {
+    let mut packages = Vec::new();
+    for program in facts.missing.iter().flat_map(|need| need.programs()) {
+        let package = match (*program, facts.family) {
+            ("xz", Family::Debian | Family::Other) => "xz-utils",
+            ("python3", Family::Arch) => "python",
+            ("dpkg-source", Family::Debian | Family::Fedora | Family::Other) => "dpkg-dev",
+            ("dpkg-source" | "dpkg-deb", _) => "dpkg",
+            (program, _) => program,
+        };
+        if !packages.contains(&package) {
+            packages.push(package);
+        }
+    }
+    packages
+}
 
 /// Lists of arguments for `apt-get install`, the preferred one first; never empty.
 fn attempts(facts: &Facts, compilers: &[[String; 4]]) -> Vec<Vec<String>> {
@@ -349,9 +364,7 @@ fn attempts(facts: &Facts, compilers: &[[String; 4]]) -> Vec<Vec<String>> {
             if needs(Need::IsoMaker) {
                 arguments.extend(ISO_PACKAGES.map(str::to_owned));
             }
-            if needs(Need::XenTools) {
-                arguments.extend(XEN_PACKAGES.map(str::to_owned));
-            }
+            arguments.extend(program_packages(facts).into_iter().map(str::to_owned));
             attempts.push(arguments);
         }
     }
@@ -427,21 +440,10 @@ fn by_hand(facts: &Facts, reason: &str) -> Plan {
             }
             (Need::IsoMaker, Family::Mac) => packages.extend(["i686-elf-grub", "xorriso"]),
             (Need::IsoMaker, _) => packages.extend(ISO_PACKAGES),
-            (Need::XenTools, Family::Debian | Family::Other) => packages.extend(XEN_PACKAGES),
-            (Need::XenTools, Family::Arch) => {
-                packages.extend(["make", "flex", "bison", "python", "xz", "dpkg"])
-            }
-            (Need::XenTools, Family::Mac) => {
-                packages.extend(["make", "flex", "bison", "python3", "xz", "dpkg"])
-            }
-            (Need::XenTools, Family::Fedora) => {
-                packages.extend(["make", "flex", "bison", "python3", "xz", "dpkg-dev"])
-            }
-            (Need::XenTools, Family::Suse) => {
-                packages.extend(["make", "flex", "bison", "python3", "xz", "dpkg"])
-            }
+            (Need::XenTools | Need::LinuxTools, _) => {}
         }
     }
+    packages.extend(program_packages(facts));
     if facts.family == Family::Debian {
         if !packages.is_empty() || !facts.archive.is_known() {
             commands.push(update_command(facts.privilege));
@@ -680,6 +682,23 @@ mod tests {
         match plan(&Facts { family: Family::Fedora, ..facts }) {
             Plan::ByHand { commands, .. } => {
                 assert_eq!(commands, ["sudo dnf install make flex bison python3 xz dpkg-dev"]);
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn what_builds_linux_and_xen_comes_once() {
+        let linux = facts(&[Need::LinuxTools], archive(WEB));
+        assert_eq!(lines(&plan(&linux)), ["make flex bison bc patch xz-utils dpkg"]);
+        assert!(!Need::TEST.contains(&Need::LinuxTools), "`setup` alone is not to want it");
+        let both = facts(&[Need::XenTools, Need::LinuxTools], archive(WEB));
+        match plan(&Facts { family: Family::Arch, ..both }) {
+            Plan::ByHand { commands, .. } => {
+                assert_eq!(
+                    commands,
+                    ["sudo pacman -S --needed make flex bison python xz dpkg bc patch"]
+                );
             }
             other => panic!("{other:?}"),
         }

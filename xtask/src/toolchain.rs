@@ -234,6 +234,8 @@ pub struct Findings {
     pub iso_maker: Result<IsoMaker, String>,
     /// What builds Xen, or what is not there of it.
     pub xen_tools: Result<(), String>,
+    /// What builds Linux, or what is not there of it.
+    pub linux_tools: Result<(), String>,
 }
 
 /// Something that the work at hand needs.
@@ -253,6 +255,8 @@ pub enum Need {
     IsoMaker,
     /// What builds Xen besides GCC and binutils.
     XenTools,
+    /// What builds Linux besides them.
+    LinuxTools,
 }
 
 impl Need {
@@ -266,9 +270,30 @@ impl Need {
     pub const ISO: &'static [Self] = &[Self::Compiler, Self::Linker, Self::Gcc, Self::IsoMaker];
     /// What Xen's own build needs.
     pub const XEN: &'static [Self] = &[Self::Linker, Self::Gcc, Self::XenTools];
-    /// What the tests need: everything but what builds Xen.
+    /// What Linux's own build needs.
+    pub const LINUX: &'static [Self] = &[Self::Linker, Self::Gcc, Self::LinuxTools];
+    /// What the tests need: everything but what builds Xen and Linux.
     pub const TEST: &'static [Self] =
         &[Self::Compiler, Self::Linker, Self::Emulator, Self::Gcc, Self::Clang, Self::IsoMaker];
+
+    /// The programs that are wanted by their names.
+    #[must_use]
+    pub const fn programs(self) -> &'static [&'static str] {
+        match self {
+            // The last unpacks Debian's source.
+            Self::XenTools => &["make", "flex", "bison", "python3", "xz", "dpkg-source"],
+            // The last unpacks Debian's package.
+            Self::LinuxTools => &["make", "flex", "bison", "bc", "patch", "xz", "dpkg-deb"],
+            _ => &[],
+        }
+    }
+
+    /// Whether they are there.
+    fn find_programs(self) -> Result<(), String> {
+        let is_missing = |name: &&&str| find_program(name).is_none();
+        let missing: Vec<&str> = self.programs().iter().filter(is_missing).copied().collect();
+        if missing.is_empty() { Ok(()) } else { Err(format!("no {} on PATH", missing.join(", "))) }
+    }
 }
 
 impl fmt::Display for Need {
@@ -282,7 +307,7 @@ impl fmt::Display for Need {
             Self::Gcc => write!(f, "gcc and g++ for 32-bit x86"),
             Self::Clang => write!(f, "clang and clang++ for 32-bit x86"),
             Self::IsoMaker => write!(f, "grub-mkrescue with GRUB's modules i386-pc, and xorriso"),
-            Self::XenTools => write!(f, "{}", XEN_TOOLS.join(", ")),
+            Self::XenTools | Self::LinuxTools => write!(f, "{}", self.programs().join(", ")),
         }
     }
 }
@@ -298,7 +323,8 @@ impl Findings {
             gcc: gcc(),
             clang: clang(),
             iso_maker: iso_maker(),
-            xen_tools: xen_tools(),
+            xen_tools: Need::XenTools.find_programs(),
+            linux_tools: Need::LinuxTools.find_programs(),
         }
     }
 
@@ -319,6 +345,7 @@ impl Findings {
             Need::Clang => self.clang.is_ok(),
             Need::IsoMaker => self.iso_maker.is_ok(),
             Need::XenTools => self.xen_tools.is_ok(),
+            Need::LinuxTools => self.linux_tools.is_ok(),
         };
         needs.iter().filter(|need| !is_there(need)).copied().collect()
     }
@@ -526,16 +553,6 @@ fn iso_maker() -> Result<IsoMaker, String> {
     let said = output(Command::new(&path).arg("--version"))?;
     let version = format!("GRUB {}", said.split_whitespace().last().unwrap_or_default());
     Ok(IsoMaker { path, modules, version })
-}
-
-/// The programs of Xen's build besides GCC and binutils. The last unpacks Debian's source.
-pub const XEN_TOOLS: [&str; 6] = ["make", "flex", "bison", "python3", "xz", "dpkg-source"];
-
-/// What builds Xen.
-fn xen_tools() -> Result<(), String> {
-    let is_missing = |name: &&str| find_program(name).is_none();
-    let missing: Vec<&str> = XEN_TOOLS.into_iter().filter(is_missing).collect();
-    if missing.is_empty() { Ok(()) } else { Err(format!("no {} on PATH", missing.join(", "))) }
 }
 
 /// The first executable of this name on `PATH`.

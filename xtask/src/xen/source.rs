@@ -5,13 +5,12 @@
 
 use crate::build;
 use crate::debian::{Apt, Kind};
+use crate::kbuild::{self, Kbuild};
 use crate::progress::Progress;
 use crate::toolchain::output;
 use anyhow::{Context, Result, bail};
-use std::fs;
-use std::io::{BufRead, BufReader};
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::path::PathBuf;
+use std::process::Command;
 
 /// How Xen is built.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -79,11 +78,9 @@ pub struct Xen {
 #[must_use]
 pub fn built(build: Build) -> Option<Xen> {
     let folder = build.folder();
-    let stamp = fs::read_to_string(folder.join("built-from")).ok()?;
-    let (version, configuration) = stamp.split_once('\n')?;
+    let version = kbuild::noted(&folder, &build.configuration())?;
     let path = folder.join("xen");
-    (configuration == build.configuration() && path.is_file())
-        .then(|| Xen { path, version: version.to_owned() })
+    path.is_file().then_some(Xen { path, version })
 }
 
 /// The Xen that was built.
@@ -109,130 +106,42 @@ pub fn provide(build: Build) -> Result<Xen> {
     if let Some(xen) = built(build) {
         return Ok(xen);
     }
-    let (version, description) = fetch()?;
+    let apt = Apt::new(&folder().join("apt"), Kind::Sources)
+        .context("Xen is built from Debian's source package, which apt fetches")?;
+    let progress = Progress::start("fetching Xen's source from Debian");
+    let version = apt.newest("xen")?;
+    drop(progress);
+    let upstream = version.split_once(':').map_or(&*version, |(_, rest)| rest);
+    let description = apt.folder().join(format!("xen_{upstream}.dsc"));
+    if !description.is_file() {
+        bail!("apt-get source left no {}", description.display());
+    }
     let work = tempfile::tempdir_in(folder()).context("cannot make a folder for the build")?;
     let source = work.path().join("source");
     // apt has held it against Debian's signed lists.
     let mut unpack = Command::new("dpkg-source");
     unpack.args(["--no-check", "--extract"]).arg(&description).arg(&source);
     output(&mut unpack).map_err(anyhow::Error::msg).context("Xen's source cannot be unpacked")?;
-    let built = work.path().join("built");
-    fs::create_dir(&built).context("cannot make a folder for the build")?;
-    let wanted = work.path().join("wanted");
-    build::write(&wanted, build.configuration().as_bytes())?;
 
     let progress = Progress::start(format!("building Xen {version}, {}", build.name()));
-    let log = folder().join(format!("{}.log", build.name()));
-    let make = || {
-        let mut make = Command::new("make");
-        make.arg("-C").arg(source.join("xen"));
-        make.arg(format!("O={}", built.display()));
-        make.args(["XEN_TARGET_ARCH=x86_64", "PYTHON=python3"]);
-        make.env("KCONFIG_ALLCONFIG", &wanted);
-        // What is meant for other programs.
-        for name in ["CFLAGS", "LDFLAGS", "MAKEFLAGS", "MFLAGS", "CC", "ARCH", "DEBUG"] {
-            make.env_remove(name);
-        }
-        make
+    let (source, built) = (source.join("xen"), work.path().join("built"));
+    let kbuild = Kbuild {
+        source: &source,
+        built: &built,
+        variables: &["XEN_TARGET_ARCH=x86_64", "PYTHON=python3"],
+        log: &folder().join(format!("{}.log", build.name())),
     };
-    run(make().arg("alldefconfig"), &log, &progress)?;
-    let chosen = fs::read_to_string(built.join(".config")).unwrap_or_default();
-    if !chosen.lines().any(|line| line == "CONFIG_PV32=y") {
-        bail!("Xen {version} cannot be built with 32-bit paravirtualized guests any more");
-    }
-    let jobs = std::thread::available_parallelism().map_or(1, usize::from);
-    run(make().arg(format!("-j{jobs}")).arg("build"), &log, &progress)?;
+    let configuration = build.configuration();
+    kbuild.configure(&configuration, "alldefconfig", &progress)?;
+    kbuild.make("build", &progress)?;
     build::write(&build.folder().join("xen"), &build::read(&built.join("xen"))?)?;
-    let stamp = format!("{version}\n{}", build.configuration());
-    build::write(&build.folder().join("built-from"), stamp.as_bytes())?;
+    kbuild::note(&build.folder(), &version, &configuration)?;
     xen(build)
-}
-
-/// Runs a step of the build, with its last line as progress and all of them in a file.
-fn run(make: &mut Command, log: &Path, progress: &Progress) -> Result<()> {
-    log::debug!("{make:?}");
-    let file = fs::File::create(log).with_context(|| format!("cannot make {}", log.display()))?;
-    let mut child = make
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(file)
-        .spawn()
-        .context("make does not start")?;
-    let mut last = String::new();
-    if let Some(pipe) = child.stdout.take() {
-        for line in BufReader::new(pipe).lines() {
-            last = line.context("cannot read what make says")?;
-            progress.at(&last);
-        }
-    }
-    let status = child.wait().context("cannot wait for make")?;
-    if !status.success() {
-        let said = fs::read_to_string(log).unwrap_or_default();
-        let lines: Vec<&str> = said.lines().collect();
-        let end = lines[lines.len().saturating_sub(20)..].join("\n");
-        bail!("{} failed ({status}), at {last:?}:\n{end}", progress.title());
-    }
-    Ok(())
-}
-
-/// Gets the newest source that there is: its version, and the file that describes it.
-fn fetch() -> Result<(String, PathBuf)> {
-    let apt = Apt::new(&folder().join("apt"), Kind::Sources)
-        .context("Xen is built from Debian's source package, which apt fetches")?;
-    let _progress = Progress::start("fetching Xen's source from Debian");
-    let updated = apt.update();
-    let text = output(apt.command("apt-cache").args(["madison", "xen"])).unwrap_or_default();
-    let versions = versions(&text);
-    if versions.is_empty() {
-        match updated {
-            Err(reason) => bail!("Debian's lists of source packages cannot be read: {reason}"),
-            Ok(()) => bail!("Debian's sources have no source package xen"),
-        }
-    }
-    let mut refused = String::new();
-    // Lists are at times ahead of what a mirror has.
-    for version in versions {
-        let package = format!("xen={version}");
-        let words = ["--quiet", "--quiet", "source", "--download-only", &package];
-        match output(apt.command("apt-get").args(words)) {
-            Ok(_) => {
-                let upstream = version.split_once(':').map_or(version, |(_, rest)| rest);
-                let description = apt.folder().join(format!("xen_{upstream}.dsc"));
-                if !description.is_file() {
-                    bail!("apt-get source left no {}", description.display());
-                }
-                return Ok((version.to_owned(), description));
-            }
-            Err(reason) => refused.push_str(&format!("\n{version}: {reason}")),
-        }
-    }
-    bail!("none of Debian's sources of Xen can be fetched:{refused}")
-}
-
-/// Versions of a source package, as `apt-cache madison` lists them: the newest first.
-fn versions(text: &str) -> Vec<&str> {
-    let mut versions: Vec<&str> = text
-        .lines()
-        .filter(|line| line.trim_end().ends_with("Sources"))
-        .filter_map(|line| line.split('|').nth(1).map(str::trim))
-        .collect();
-    versions.dedup();
-    versions
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn sources_are_listed_newest_first_and_packages_are_not_sources() {
-        let text = "       xen | 4.17.7+13-1 | http://a bookworm-security/main Sources\n\
-                    xen | 4.17.5+72-1 | http://a bookworm/main Sources\n\
-                    xen | 4.17.5+72-1 | http://b bookworm/main Sources\n\
-                    xen | 4.17.5+72-2 | http://b bookworm/main amd64 Packages\n";
-        assert_eq!(versions(text), ["4.17.7+13-1", "4.17.5+72-1"]);
-        assert!(versions("N: Unable to locate package xen\n").is_empty());
-    }
 
     #[test]
     fn the_builds_differ_in_one_answer() {
