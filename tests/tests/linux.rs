@@ -162,7 +162,7 @@ fn a_first_program_that_does_not_run_is_no_pass() -> Result<()> {
     let initrd = folder.path().join("initramfs");
     std::fs::write(&initrd, linux::archive(b"not a program"))?;
     let kernel = debian::kernel(Flavour::I686)?;
-    let mut boot = Boot::tests(&built.emulator, &kernel, &initrd, Below::Nothing);
+    let mut boot = Boot::tests(&built.emulator, &kernel, &initrd, Below::Machine { rom: None });
     boot.append = "panic=-1";
     let booted = boot.run(|_| {})?;
     ensure!(booted.run.serial.contains("Kernel panic"), "{}", booted.last_lines());

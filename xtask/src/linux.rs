@@ -3,7 +3,7 @@
 use crate::artifacts::Hosting;
 use crate::build::{self, Tools};
 use crate::hypervisor::{self, End, Mode, Paging, Watched};
-use crate::qemu::{Machine, Module, Outcome, Run};
+use crate::qemu::{Attachment, Machine, Module, Outcome, Run};
 use crate::trace::Record;
 use anyhow::Result;
 use std::path::{Path, PathBuf};
@@ -106,7 +106,10 @@ impl Archive {
 #[derive(Clone, Copy, Debug)]
 pub enum Below<'a> {
     /// The machine.
-    Nothing,
+    Machine {
+        /// An option ROM in it.
+        rom: Option<&'a Path>,
+    },
     /// The reference hypervisor.
     Hypervisor {
         /// It and its ROM.
@@ -160,11 +163,13 @@ impl<'a> Boot<'a> {
     pub fn machine(&self) -> Machine {
         let line = format!("{COMMAND_LINE} {}", self.append).trim_end().to_owned();
         let machine = match self.below {
-            Below::Nothing => Machine {
+            Below::Machine { rom } => Machine {
+                roms: rom.map(|rom| Attachment::OptionRom(rom.into())).into_iter().collect(),
                 memory: 512,
                 kernel: Some(self.kernel.into()),
                 initrd: Some(self.initrd.into()),
                 append: Some(line),
+                // The kernel tells whether it found a ROM.
                 banner: None,
                 ..Machine::default()
             },
@@ -183,7 +188,7 @@ impl<'a> Boot<'a> {
     /// The machine cannot be run at all.
     pub fn run(&self, progress: impl Fn(&str)) -> Result<Booted> {
         let (machine, may_power_off) = (self.machine(), self.marker.is_none());
-        if matches!(self.below, Below::Nothing) {
+        if matches!(self.below, Below::Machine { .. }) {
             let run = machine.follow(self.emulator, progress)?;
             return Ok(Booted { run, counters: None, record: None, end: None, may_power_off });
         }

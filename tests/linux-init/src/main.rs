@@ -3,8 +3,9 @@
 //! It is started as `/init` from an initramfs. Each test says one line, `linux: test NAME ok` or why not. The last line is
 //! `linux: all N tests passed`, or how many did not, and the verdict ends QEMU through its exit device.
 //!
-//! The kernel's command line passes words behind ` -- `: `forks=N` and `execs=N` let it start so many processes more, so that two
-//! runs tell what one costs; `only=NAME` runs one test; `end=power-off` and `end=restart` let the kernel end the machine.
+//! The kernel's command line passes words behind ` -- `: `forks=N` and `execs=N` let it start so many processes more, and `protects=N`
+//! change protections in so many rounds more, so that two runs tell what one costs; `only=NAME` runs one test; `end=power-off` and
+//! `end=restart` let the kernel end the machine.
 //!
 //! - `start`: from the kernel's stack to [`main`],
 //! - `system`: system calls of the 32-bit interface, by `int 80h`,
@@ -68,7 +69,7 @@ mod suite {
         ("crowd", processes::crowd),
         ("copy-on-write", memory::copy_on_write),
         ("mmap", memory::map_many),
-        ("mprotect", memory::protect),
+        ("mprotect", || memory::protects(8)),
         ("mremap", memory::remap),
         ("brk", memory::heap),
         ("stack", memory::stack),
@@ -113,6 +114,7 @@ mod suite {
         for (count, work) in [
             (number("forks="), processes::forks as fn(u32) -> Verdict),
             (number("execs="), processes::execs),
+            (number("protects="), memory::protects),
         ] {
             if count.is_some_and(|count| work(count).is_err()) {
                 failed += 1;

@@ -57,13 +57,13 @@ pub(crate) fn map_many() -> Verdict {
     (1..=16).try_for_each(map_one)
 }
 
-/// Protections of 256 pages change and change back.
-pub(crate) fn protect() -> Verdict {
+/// Protections of 256 pages change and change back, three times in each round.
+pub(crate) fn protects(rounds: u32) -> Verdict {
     let memory = map(256 * PAGE, PRIVATE)?;
     for page in memory.pages() {
         memory.set(page, page as u32 + 1);
     }
-    for round in 0..8 {
+    for round in 0..rounds {
         check!(memory.protect(READABLE) == 0, "mprotect fails");
         for page in memory.pages() {
             check!(memory.get(page) == page as u32 + 1 + round, "memory forgets", page);

@@ -157,7 +157,7 @@ pub(super) fn boot_all(findings: &Findings, order: &Order<'_>) -> Result<ExitCod
         let progress = Progress::start(format!("booting {}, {name}", build::shown(kernel)));
         let (rom, paging) = (order.rom, order.paging);
         let below = match *mode {
-            None => Below::Nothing,
+            None => Below::Machine { rom },
             Some(mode) => Below::Hypervisor { built: &built, rom, mode, paging },
         };
         let mut boot = Boot::tests(&built.emulator, kernel, &initrd, below);
