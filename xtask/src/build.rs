@@ -185,7 +185,7 @@ pub fn guest_path() -> PathBuf {
 pub fn rom(tools: &Tools, form: Form) -> Result<Rom> {
     let path = form.path();
     let progress = Progress::start(format!("building {}", shown(&path)));
-    let _lock = lock()?;
+    let _lock = lock(FIRMWARE)?;
     let mut linked = Vec::new();
     for base in LINK_BASES {
         let mut cargo = inner_cargo(tools, "build");
@@ -255,7 +255,7 @@ pub fn hypervisor_path() -> PathBuf {
 pub fn hypervisor(tools: &Tools) -> Result<PathBuf> {
     let path = hypervisor_path();
     let progress = Progress::start(format!("building {}", shown(&path)));
-    let _lock = lock()?;
+    let _lock = lock(FIRMWARE)?;
     let mut cargo = long_mode_cargo(tools, "build");
     cargo.args(["--release", "--package", "vmi-hypervisor"]);
     run(&mut cargo, &progress)?;
@@ -291,7 +291,7 @@ fn flat(linked: &[u8]) -> Result<Vec<u8>> {
 /// It does not compile.
 pub(crate) fn kernel(tools: &Tools, package: &str, path: &Path, links: &[Link]) -> Result<()> {
     let progress = Progress::start(format!("building {}", shown(path)));
-    let _lock = lock()?;
+    let _lock = lock(FIRMWARE)?;
     let objects = std::env::join_paths(links.iter().map(|link| &link.object));
     let mut cargo = inner_cargo(tools, "build");
     cargo.args(["--release", "--package", package]);
@@ -307,7 +307,7 @@ pub(crate) fn kernel(tools: &Tools, package: &str, path: &Path, links: &[Link]) 
 /// It does not compile.
 pub(crate) fn static_program(tools: &Tools, package: &str, path: &Path) -> Result<()> {
     let progress = Progress::start(format!("building {}", shown(path)));
-    let _lock = lock()?;
+    let _lock = lock(FIRMWARE)?;
     let mut cargo = own_cargo(tools, "build");
     cargo
         .args(["--locked", "--release", "--package", package])
@@ -407,8 +407,11 @@ fn output_path(name: &str) -> PathBuf {
 }
 
 /// One build at a time: both bases go through one file.
-fn lock() -> Result<fs::File> {
-    let path = crate::workspace().join("target/firmware.lock");
+const FIRMWARE: &str = "target/firmware.lock";
+
+/// Waits until nobody else has the lock, and has it as long as the file is open.
+pub(crate) fn lock(name: &str) -> Result<fs::File> {
+    let path = crate::workspace().join(name);
     let step = || {
         fs::create_dir_all(path.parent().unwrap_or(Path::new(".")))?;
         let file = fs::File::create(&path)?;

@@ -1,4 +1,6 @@
-//! Linux as the guest: its first program, the initramfs around it, the runs.
+//! Linux as the guest: its first program, the initramfs around it, the runs; a Linux with a client of VMI.
+
+pub mod vmi;
 
 use crate::artifacts::Hosting;
 use crate::build::{self, Tools};

@@ -2,6 +2,7 @@
 
 use crate::build::{Tools, shown};
 use crate::debian::{self, Flavour};
+use crate::linux::vmi;
 use crate::setup::{
     Archive, Facts, Family, Plan, Privilege, Rustup, Simulation, apt_command, by_rustup,
     os_release_field, plan, update_command,
@@ -30,6 +31,10 @@ pub struct Args {
     /// Fetch Debian's 32-bit Linux kernels too, for guests: about 100 MB, into `target/linux`, with apt. They are not installed.
     #[arg(long, conflicts_with_all = ["dry_run", "check"])]
     linux: bool,
+    /// Build a current Linux with a client of VMI too, from Debian's package of its source, into `target/linux`: in two flavours, each of
+    /// them about three minutes on two processors. It is not installed.
+    #[arg(long, conflicts_with_all = ["dry_run", "check"])]
+    linux_vmi: bool,
     /// Fetch a 64-bit kernel of Debian's with KVM too, the host of `run --on kvm`: about 30 MB, into `target/linux`. It is not installed.
     #[arg(long, conflicts_with_all = ["dry_run", "check"])]
     kvm: bool,
@@ -71,13 +76,20 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     guests_and_hosts(args)
 }
 
-/// Fetches the kernels and builds Xen if they are wanted.
+/// Fetches and builds the kernels and Xen if they are wanted.
 fn guests_and_hosts(args: &Args) -> Result<ExitCode> {
     let wanted = [(args.linux, &Flavour::GUESTS[..]), (args.kvm, &[Flavour::CloudAmd64])];
     for (_, flavours) in wanted.into_iter().filter(|(is_wanted, _)| *is_wanted) {
         debian::fetch(flavours)?;
         for flavour in flavours {
             anstream::println!("{}", shown(&debian::kernel(*flavour)?));
+        }
+    }
+    if args.linux_vmi {
+        linux_vmi()?;
+        for flavour in vmi::Flavour::ALL {
+            let kernel = flavour.kernel()?;
+            anstream::println!("{}, Linux {}", shown(&kernel.path), kernel.version);
         }
     }
     if let Some(build) = args.xen {
@@ -98,6 +110,18 @@ pub fn xen(build: Build) -> Result<Xen> {
     }
     provide(Need::XEN)?;
     source::provide(build)
+}
+
+/// Builds the kernels with a client of VMI that were not, with all that is needed for that.
+///
+/// # Errors
+///
+/// They cannot be got or built here.
+pub fn linux_vmi() -> Result<()> {
+    if vmi::Flavour::ALL.iter().any(|flavour| flavour.built().is_none()) {
+        provide(Need::LINUX)?;
+    }
+    vmi::provide()
 }
 
 /// Finds what `needs` asks for, and installs what is missing.
@@ -159,9 +183,13 @@ fn table(findings: &Findings) -> String {
     single("gcc", findings.gcc.as_ref().map(ToString::to_string).map_err(Clone::clone));
     single("clang", findings.clang.as_ref().map(ToString::to_string).map_err(Clone::clone));
     single("discs", findings.iso_maker.as_ref().map(ToString::to_string).map_err(Clone::clone));
-    if let Err(reason) = &findings.xen_tools {
-        // Only Xen's build wants them.
-        table.row([Cell::new("no", PLAIN), "Xen's tools".into(), reason.clone().into()]);
+    // Only their own builds want them.
+    for (what, found) in
+        [("Xen's tools", &findings.xen_tools), ("Linux's tools", &findings.linux_tools)]
+    {
+        if let Err(reason) = found {
+            table.row([Cell::new("no", PLAIN), what.into(), reason.clone().into()]);
+        }
     }
     table.render()
 }

@@ -57,6 +57,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let are_there =
         debian::fetch(&Flavour::ALL).inspect_err(|error| anstream::eprintln!("{error:#}")).is_ok();
     totals.add(are_there);
+    step("Linux with a client of VMI");
+    let is_there = super::setup::linux_vmi().inspect_err(|error| anstream::eprintln!("{error:#}"));
+    totals.add(is_there.is_ok());
     step("Xen for guests");
     let is_there =
         super::setup::xen(Build::Release).inspect_err(|error| anstream::eprintln!("{error:#}"));
