@@ -1,6 +1,7 @@
-//! Debian's kernels on the reference hypervisor, with a first program that tries what kernels do for programs.
+//! Linux on the reference hypervisor, with a first program that tries what kernels do for programs: Debian's own kernels, and a current
+//! one with a client of VMI.
 //!
-//! The kernels come from `cargo xtask setup --linux`.
+//! The kernels come from `cargo xtask setup --linux` and `--linux-vmi`.
 
 use anyhow::{Context, Result, ensure};
 use std::path::{Path, PathBuf};
@@ -12,7 +13,7 @@ use xtask::build::Tools;
 use xtask::debian::{self, Flavour};
 use xtask::hypervisor::{End, Mode, Paging};
 use xtask::kvm;
-use xtask::linux::{self, Below, Boot, Booted};
+use xtask::linux::{self, Below, Boot, Booted, vmi};
 use xtask::qemu::Outcome;
 use xtask::toolchain::Findings;
 
@@ -20,8 +21,20 @@ use xtask::toolchain::Findings;
 const TESTS: usize = 24;
 
 /// What a healthy kernel does not say.
-const COMPLAINTS: [&str; 6] =
-    ["BUG:", "WARNING:", "Oops", "Call Trace", "unchecked MSR", "general protection fault"];
+const COMPLAINTS: [&str; 8] = [
+    "BUG:",
+    "kernel BUG",
+    "WARNING:",
+    "Bad page",
+    "Oops",
+    "Call Trace",
+    "unchecked MSR",
+    "general protection fault",
+];
+
+/// Pieces of a kernel's work, by the words that have our first program do more of them, and how many times as many exits `trap` has of
+/// each, at least, as `vmi-batched`.
+const PIECES: [(&str, f64); 3] = [("forks", 1.5), ("execs", 1.2), ("protects", 5.0)];
 
 /// QEMU's status when the hypervisor refuses its guest.
 const REFUSED: i32 = 67;
@@ -36,19 +49,12 @@ fn initramfs() -> Result<&'static Path> {
         .map_err(|error| anyhow::anyhow!("{error}"))
 }
 
-/// Boots a kernel on the hypervisor.
-fn boot(flavour: Flavour, mode: Mode, paging: Paging) -> Result<Booted> {
-    let built = artifacts::ensure_hosting()?;
-    let below = Below::Hypervisor { built, rom: None, mode, paging };
-    let kernel = debian::kernel(flavour)?;
-    let mut boot = Boot::tests(&built.emulator, &kernel, initramfs()?, below);
-    boot.limit = Duration::from_secs(200);
-    boot.run(|_| {})
-}
-
-/// Boots a kernel, and wants it to pass all tests and to complain of nothing; what the hypervisor counted.
-fn pass(flavour: Flavour, mode: Mode, paging: Paging) -> Result<Counters> {
-    let booted = boot(flavour, mode, paging)?;
+/// Boots a kernel that gets these words besides, and wants it to pass its tests and to complain of nothing.
+fn pass(kernel: &Path, below: Below<'_>, append: &str) -> Result<Booted> {
+    let emulator = &artifacts::ensure_hosting()?.emulator;
+    let mut boot = Boot::tests(emulator, kernel, initramfs()?, below);
+    (boot.append, boot.limit) = (append, Duration::from_secs(200));
+    let booted = boot.run(|_| {})?;
     let outcome = &booted.run.outcome;
     ensure!(
         *outcome == Outcome::Passed,
@@ -56,7 +62,13 @@ fn pass(flavour: Flavour, mode: Mode, paging: Paging) -> Result<Counters> {
         booted.run.command,
         booted.last_lines()
     );
-    ensure!(booted.tests() == TESTS, "{} of {TESTS} tests\n{}", booted.tests(), booted.run.serial);
+    let wanted = if append.is_empty() { TESTS } else { 1 };
+    ensure!(
+        booted.tests() == wanted,
+        "{} of {wanted} tests\n{}",
+        booted.tests(),
+        booted.run.serial
+    );
     let complaint =
         booted.run.serial.lines().find(|line| COMPLAINTS.iter().any(|text| line.contains(text)));
     ensure!(
@@ -65,26 +77,41 @@ fn pass(flavour: Flavour, mode: Mode, paging: Paging) -> Result<Counters> {
         complaint.unwrap_or_default(),
         booted.run.serial
     );
+    Ok(booted)
+}
+
+/// The hypervisor.
+fn hypervisor(mode: Mode, paging: Paging) -> Result<Below<'static>> {
+    Ok(Below::Hypervisor { built: artifacts::ensure_hosting()?, rom: None, mode, paging })
+}
+
+/// What the hypervisor counted.
+fn counters(booted: &Booted) -> Result<Counters> {
     booted.counters.context("the hypervisor does not say what it counted")
+}
+
+/// What all tests take of one of Debian's kernels on the hypervisor.
+fn debians(flavour: Flavour, mode: Mode, paging: Paging) -> Result<Counters> {
+    counters(&pass(&debian::kernel(flavour)?, hypervisor(mode, paging)?, "")?)
 }
 
 #[test]
 fn the_kernel_with_two_levels_runs_on_shadow_tables() -> Result<()> {
-    let counters = pass(Flavour::I686, Mode::Trap, Paging::Shadow)?;
+    let counters = debians(Flavour::I686, Mode::Trap, Paging::Shadow)?;
     ensure!(counters.table_writes > 0 && counters.cr3_writes > 0, "{counters:?}");
     Ok(())
 }
 
 #[test]
 fn the_kernel_with_three_levels_runs_on_shadow_tables() -> Result<()> {
-    let counters = pass(Flavour::I686Pae, Mode::Trap, Paging::Shadow)?;
+    let counters = debians(Flavour::I686Pae, Mode::Trap, Paging::Shadow)?;
     ensure!(counters.table_writes > 0 && counters.cr3_writes > 0, "{counters:?}");
     Ok(())
 }
 
 #[test]
 fn a_kernel_runs_on_nested_tables_and_hardly_exits() -> Result<()> {
-    let counters = pass(Flavour::I686Pae, Mode::Trap, Paging::Nested)?;
+    let counters = debians(Flavour::I686Pae, Mode::Trap, Paging::Nested)?;
     ensure!(counters.exits() < 5000 && counters.table_writes == 0, "{counters:?}");
     Ok(())
 }
@@ -92,7 +119,7 @@ fn a_kernel_runs_on_nested_tables_and_hardly_exits() -> Result<()> {
 /// Linux 6 knows no VMI: the image is there, and nobody calls it.
 #[test]
 fn a_kernel_without_vmi_leaves_the_image_alone() -> Result<()> {
-    let counters = pass(Flavour::I686, Mode::VmiBatched, Paging::Nested)?;
+    let counters = debians(Flavour::I686, Mode::VmiBatched, Paging::Nested)?;
     ensure!(counters.hypercalls == 0, "{counters:?}");
     Ok(())
 }
@@ -117,6 +144,103 @@ fn the_same_kernel_runs_under_kvm_and_its_exits_are_counted() -> Result<()> {
     // With nested paging there would be neither.
     ensure!(counted("mmu_pte_write") > 0 && counted("pf_guest") > 0, "{:?}", hosted.statistics);
     Ok(())
+}
+
+/// Boots each kernel with a client of VMI, and wants it to say that it found a ROM, or not to.
+fn clients(below: Below<'_>, append: &str, finds_rom: bool) -> Result<()> {
+    for flavour in vmi::Flavour::ALL {
+        let booted = pass(&flavour.kernel()?.path, below, append)?;
+        let says = |line: &str| {
+            line.contains("VMI: the ROM at ") && line.trim_end().ends_with(" serves revision 3.0")
+        };
+        ensure!(
+            booted.run.serial.lines().any(says) == finds_rom,
+            "{}: not so: the kernel finds a ROM, {finds_rom}\n{}",
+            flavour.name(),
+            booted.run.serial
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn a_client_without_a_rom_runs_natively() -> Result<()> {
+    clients(Below::Machine { rom: None }, "", false)
+}
+
+#[test]
+fn a_client_runs_on_the_native_image() -> Result<()> {
+    clients(Below::Machine { rom: Some(&artifacts::ensure()?.native) }, "", true)
+}
+
+#[test]
+fn a_client_that_is_told_to_look_for_no_rom_finds_none() -> Result<()> {
+    let below = Below::Machine { rom: Some(&artifacts::ensure()?.native) };
+    clients(below, "vmi=off -- only=pipe", false)
+}
+
+#[test]
+fn a_client_runs_on_the_hypervisor_without_a_rom() -> Result<()> {
+    clients(hypervisor(Mode::Trap, Paging::Shadow)?, "", false)
+}
+
+#[test]
+fn a_client_tells_of_each_change() -> Result<()> {
+    clients(hypervisor(Mode::Vmi, Paging::Shadow)?, "", true)
+}
+
+#[test]
+fn a_client_tells_of_changes_in_batches() -> Result<()> {
+    clients(hypervisor(Mode::VmiBatched, Paging::Shadow)?, "", true)
+}
+
+#[test]
+fn a_client_tells_of_changes_where_nobody_needs_to_know() -> Result<()> {
+    clients(hypervisor(Mode::VmiBatched, Paging::Nested)?, "", true)
+}
+
+/// Exits of one of each of [`PIECES`], from boots with more of them and from one without.
+fn exits_of_one(flavour: vmi::Flavour, mode: Mode) -> Result<[f64; PIECES.len()]> {
+    const MORE: u32 = 100;
+    let (kernel, below) = (flavour.kernel()?, hypervisor(mode, Paging::Shadow)?);
+    let exits = |more: &str| -> Result<f64> {
+        let booted = pass(&kernel.path, below, &format!("-- only=pipe{more}"))?;
+        Ok(counters(&booted)?.exits() as f64)
+    };
+    let without = exits("")?;
+    let mut each = [0.0; PIECES.len()];
+    for (cost, (word, _)) in each.iter_mut().zip(PIECES) {
+        *cost = (exits(&format!(" {word}={MORE}"))? - without) / f64::from(MORE);
+    }
+    Ok(each)
+}
+
+/// What VMI is for.
+fn batches_save_exits(flavour: vmi::Flavour) -> Result<()> {
+    let trap = exits_of_one(flavour, Mode::Trap)?;
+    let batched = exits_of_one(flavour, Mode::VmiBatched)?;
+    let mut said = String::new();
+    let mut is_saved = true;
+    for ((word, bound), (trap, batched)) in PIECES.into_iter().zip(trap.into_iter().zip(batched)) {
+        said.push_str(&format!(
+            "{word}: {trap:.1} exits in trap, {batched:.1} in vmi-batched, {:.2} times as many\n",
+            trap / batched
+        ));
+        is_saved &= trap > bound * batched;
+    }
+    print!("{said}");
+    ensure!(is_saved, "{}:\n{said}", flavour.name());
+    Ok(())
+}
+
+#[test]
+fn a_client_with_two_levels_saves_exits() -> Result<()> {
+    batches_save_exits(vmi::Flavour::I686)
+}
+
+#[test]
+fn a_client_with_three_levels_saves_exits() -> Result<()> {
+    batches_save_exits(vmi::Flavour::I686Pae)
 }
 
 /// What becomes of a boot whose first program lets the kernel end the machine.
