@@ -242,14 +242,13 @@ impl Apt {
             }
         }
         let mut sources = sources(Path::new("/etc/apt"), kind);
-        if sources.is_empty() {
-            if !Path::new(KEYRING).is_file() {
-                bail!(
-                    "apt has no source of Debian's packages in /etc/apt, and {KEYRING} is not there to check others; the package \
-                     debian-archive-keyring has it"
-                );
-            }
-            sources.push(("debian.sources".into(), debian_source(kind)));
+        if Path::new(KEYRING).is_file() {
+            sources = with_bookworm(sources, kind);
+        } else if sources.is_empty() {
+            bail!(
+                "apt has no source of Debian's packages in /etc/apt, and {KEYRING} is not there to check others; the package \
+                 debian-archive-keyring has it"
+            );
         }
         for part in ["lists/partial", "cache/archives/partial", "sources.list.d"] {
             let part = folder.join(part);
@@ -350,7 +349,15 @@ impl Apt {
 /// Debian's keys, on systems that are not Debian's own too.
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
-/// A source for systems without one of Debian's.
+/// The sources, and one of bookworm if they are of other releases: none after it has 32-bit kernels or Linux 6.1.
+fn with_bookworm(mut sources: Vec<(String, String)>, kind: Kind) -> Vec<(String, String)> {
+    if !sources.iter().any(|(_, text)| text.contains("bookworm")) {
+        sources.push(("with-bookworm.sources".into(), debian_source(kind)));
+    }
+    sources
+}
+
+/// A source of bookworm.
 fn debian_source(kind: Kind) -> String {
     let kind = kind.name();
     format!(
@@ -541,6 +548,18 @@ mod tests {
                 own.trim()
             );
         }
+    }
+
+    #[test]
+    fn bookworm_comes_to_other_releases() {
+        let kind = Kind::Packages("i386");
+        let of = |suite: &str| {
+            vec![("a.sources".to_owned(), debian_source(kind).replace("bookworm", suite))]
+        };
+        assert_eq!(with_bookworm(of("bookworm"), kind), of("bookworm"));
+        let [.., (_, added)] = &with_bookworm(of("trixie"), kind)[..] else { panic!("no source") };
+        assert_eq!(*added, debian_source(kind));
+        assert_eq!(with_bookworm(Vec::new(), kind).len(), 1);
     }
 
     #[test]
