@@ -267,11 +267,15 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
         let is_same = self.fault.replace(linear) == linear;
         let repeats = if is_same { self.repeats.get().wrapping_add(1) } else { 0 };
         self.repeats.set(repeats);
-        let is_due = !self.is_late() && !faulty!(GetCR2DoesNotFlush)
-            || self.lazy_mode() == LazyMode::CPU && !faulty!(FaultsOvertakeSetCr3)
-            || self.is_missed(!0, |update| may_translate(update, linear))
-                && !faulty!(FaultsOvertakeEntries);
-        if is_due {
+        let matters = || {
+            if !self.is_late() {
+                return !faulty!(GetCR2DoesNotFlush);
+            }
+            let loads = self.lazy_mode() == LazyMode::CPU && !faulty!(FaultsOvertakeSetCr3);
+            let may_cause = |update: &Update| may_translate(update, linear);
+            loads || self.is_missed(!0, may_cause) && !faulty!(FaultsOvertakeEntries)
+        };
+        if matters() {
             self.flush(backend);
         }
         if repeats >= REPEATS && self.is_quiet() && !faulty!(FaultsComeForEver) {

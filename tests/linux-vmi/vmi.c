@@ -259,7 +259,7 @@ static bool __init is_served(const struct vmi_rom *candidate)
 	if (candidate->major != 3 || !candidate->pci_header)
 		return false;
 	if (!candidate->license || (strcmp(license, "GPL") && strcmp(license, "GPL v2"))) {
-		pr_warn("VMI: the licence of the ROM at %p is not the GPL\n", candidate);
+		pr_warn("VMI: the licence of the ROM at %#lx is not the GPL\n", __pa(candidate));
 		return false;
 	}
 	return true;
@@ -307,7 +307,7 @@ void __init vmi_init(void)
 	init = (void *)rom->init;
 	local_irq_save(flags);
 	if (init()) {
-		pr_err("VMI: the ROM at %p failed to initialize\n", rom);
+		pr_err("VMI: the ROM at %#lx failed to initialize\n", __pa(rom));
 		rom = NULL;
 		goto out;
 	}
@@ -330,7 +330,7 @@ void __init vmi_init(void)
 	if (set_linear_mapping)
 		set_linear_mapping(0, PAGE_OFFSET, MAXMEM >> PAGE_SHIFT, 0);
 	pv_info.name = "vmi";
-	pr_info("VMI: the ROM at %p serves revision 3.%u\n", rom, rom->minor);
+	pr_info("VMI: the ROM at %#lx serves revision 3.%u\n", __pa(rom), rom->minor);
 out:
 	local_irq_restore(flags);
 }

@@ -34,7 +34,7 @@ const COMPLAINTS: [&str; 8] = [
 
 /// Pieces of a kernel's work, by the words that have our first program do more of them, and how many times as many exits `trap` has of
 /// each, at least, as `vmi-batched`.
-const PIECES: [(&str, f64); 3] = [("forks", 1.5), ("execs", 1.2), ("protects", 5.0)];
+const PIECES: [(&str, f64); 3] = [("forks", 2.5), ("execs", 2.5), ("protects", 20.0)];
 
 /// QEMU's status when the hypervisor refuses its guest.
 const REFUSED: i32 = 67;

@@ -21,6 +21,7 @@ mod kernel;
 mod process;
 mod program;
 
+use crate::boot::PAGE_OFFSET;
 use crate::checks::read;
 use crate::console::line;
 use crate::harness::{self, Context, Demand, Entry, FLAT, Outcome, Registers};
@@ -32,6 +33,7 @@ use crate::segments::{GDT, TASK_STATE, USER_DATA_DESCRIPTOR, descriptor, kernel_
 use crate::session::FIXED_FLAG;
 use crate::{processor, site, suite, traps};
 use core::arch::naked_asm;
+use core::sync::atomic::{AtomicU32, Ordering};
 use kernel::{Kernel, TASK_SWITCHED, take_changed};
 use process::{Area, LIBRARIES, MAPPING, Memory, PROGRAM, Process, Sharing, mark, word};
 use program::Shell;
@@ -138,8 +140,36 @@ pub(crate) fn run(report: &mut Report, space: Space, rom: Rom) {
             );
         }
     }
+    if !rom.is_linked() {
+        let mut problems = Problems::default();
+        stores_to_the_rom(kernel, rom.physical, &mut problems);
+        report.point(format_args!("{mode}: a store to the ROM goes nowhere"), &problems);
+    }
     stage.end();
 }
+
+/// Stores to the ROM. A kernel has it mapped for that, so a page fault there has no cause that the kernel could find, and it goes
+/// on: where the hypervisor leaves the guest its page faults, until it is asked to look.
+fn stores_to_the_rom(kernel: Kernel, rom: u32, problems: &mut Problems) {
+    let area = Area { start: PAGE_OFFSET + rom, pages: 1 };
+    let before = word(rom, 1);
+    ROM_FAULTS.store(0, Ordering::Relaxed);
+    // Page faults become quiet behind what is told.
+    kernel.flush();
+    let demand: Demand = (area.start..area.start + PAGE, |_| {
+        Kernel::fault_address();
+        let faults = ROM_FAULTS.fetch_add(1, Ordering::Relaxed);
+        assert!(faults < 8, "a store to the ROM is a page fault for ever");
+    });
+    writes(area, 1, !before, Some(demand), problems);
+    line!("# stores-to-rom faults={}", ROM_FAULTS.load(Ordering::Relaxed));
+    if word(rom, 1) != before {
+        problems.add(format_args!("the store is seen"));
+    }
+}
+
+/// Page faults of a store to the ROM.
+static ROM_FAULTS: AtomicU32 = AtomicU32::new(0);
 
 /// Numbers between commas.
 struct List<'a>(&'a [u64]);

@@ -206,7 +206,7 @@ impl Kernel {
     }
 
     /// The address of the last page fault, as a handler of page faults asks for it.
-    pub(super) fn fault_address(self) -> u32 {
+    pub(super) fn fault_address() -> u32 {
         CALLS.GetCR2()
     }
 

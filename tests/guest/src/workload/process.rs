@@ -355,7 +355,7 @@ fn serve(address: u32) {
     let Some(Served { process, sharing, copies, faults }) = served.as_mut() else { return };
     let Process { space, kernel } = *process;
     // A handler of page faults asks for the address, and may find nothing to do.
-    kernel.fault_address();
+    Kernel::fault_address();
     let linear = address & !(PAGE - 1);
     let (entry, flags) = (space.entry(linear), process.flags(linear));
     if space.load(entry) & WRITE != 0 {

@@ -323,7 +323,7 @@ static SERVED: Mutex<Option<Served>> = Mutex::new(None);
 fn serve(address: u32) {
     let mut served = SERVED.lock();
     let Some(served) = served.as_mut() else { return };
-    let linear = served.process.kernel.fault_address() & !(PAGE - 1);
+    let linear = Kernel::fault_address() & !(PAGE - 1);
     assert!(linear == address & !(PAGE - 1), "CR2 is {address:#x}, GetCR2 says {linear:#x}");
     served.faults += 1;
     assert!(served.faults <= 2 * FAULTS, "faults that are served come again: {address:#x}");
