@@ -122,7 +122,9 @@ impl<M: Memory, H: Fn(u64) -> bool> Machine<'_, '_, M, H> {
                 quiet.now = false;
                 self.show_map();
                 self.quiet.as_deref_mut().map(core::mem::take);
-                self.shadow.as_mut().map(|shadow| shadow.disown());
+                if let Some(shadow) = &mut self.shadow {
+                    shadow.disown();
+                }
                 Status::Done
             }
             Some(_) if !is_good => Status::BadBuffer,
