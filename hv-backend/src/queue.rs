@@ -329,12 +329,10 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
     pub fn settle(&self, backend: &impl Backend) {
         let last = self.count.get().wrapping_sub(1);
         let Some(update) = self.updates.get(last as usize).map(Cell::get) else { return };
-        let is_about_to = update.high & CURRENT_USED != 0
-            && (update.high ^ self.fault.get()) & PAGE == 0
-            && !faulty!(PresentWaits);
-        let is_owed =
-            self.is_in_use(&update) && !self.is_borne(update.high) && !faulty!(PresentWaits);
-        if is_about_to || is_owed {
+        let is_about_to =
+            update.high & CURRENT_USED != 0 && (update.high ^ self.fault.get()) & PAGE == 0;
+        let is_owed = self.is_in_use(&update) && !self.is_borne(update.high);
+        if (is_about_to || is_owed) && !faulty!(PresentWaits) {
             self.drain(backend);
         }
     }
@@ -350,7 +348,7 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
     /// CLTS, and the interrupted code's SetCR0.
     #[inline(always)]
     pub fn call<R>(&self, backend: &impl Backend, call: &Call, effect: impl FnOnce() -> R) -> R {
-        if flushes(call) { self.flushed(backend, effect) } else { effect() }
+        if Role::of(call) == Role::Flush { self.flushed(backend, effect) } else { effect() }
     }
 
     /// [`Queue::call`] for a call that is known to flush.
@@ -590,12 +588,6 @@ const fn may_translate(update: &Update, linear: u32) -> bool {
 #[cold]
 #[inline]
 const fn seldom() {}
-
-/// Whether a call is one before which everything that waits must be visible.
-#[inline]
-fn flushes(call: &Call) -> bool {
-    Role::of(call) == Role::Flush
-}
 
 /// Updates in the order in which they are to be applied.
 #[derive(Clone, Copy, Debug)]

@@ -367,6 +367,11 @@ pub(crate) fn bare_warnings(tools: &Tools) -> Result<Option<String>> {
     Ok((!warnings.is_empty()).then_some(warnings))
 }
 
+/// Bytes as digits.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 /// A path as the user would type it from the top of the tree.
 #[must_use]
 pub fn shown(path: &Path) -> String {

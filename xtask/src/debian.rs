@@ -4,6 +4,7 @@
 //! privilege is needed. What comes is checked by apt against Debian's signatures.
 
 use crate::build;
+use crate::linux::folder;
 use crate::progress::Progress;
 use crate::toolchain::{find_program, output};
 use anyhow::{Context, Result, bail};
@@ -98,11 +99,6 @@ impl Flavour {
     fn is_there(self) -> bool {
         self.members().iter().all(|member| self.file(member.name).is_file())
     }
-}
-
-/// Where kernels land.
-fn folder() -> PathBuf {
-    crate::workspace().join("target/linux")
 }
 
 /// A kernel, if it was fetched.

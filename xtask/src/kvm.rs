@@ -44,7 +44,7 @@ impl Host {
         let kernel = debian::kernel(flavour)?;
         let modules = KVM_MODULES.iter().map(|name| debian::file(flavour, name));
         let modules = modules.collect::<Result<_>>()?;
-        let program = crate::workspace().join("target/linux/kvm-host");
+        let program = crate::linux::folder().join("kvm-host");
         build::static_program(&Tools::from_findings(findings)?, "vmi-kvm-host", &program)?;
         Ok(Self { emulator, kernel, modules, program })
     }

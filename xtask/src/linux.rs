@@ -19,10 +19,15 @@ pub(crate) const MARKER: &str = "linux: all ";
 /// of a boot.
 pub(crate) const COMMAND_LINE: &str = "console=ttyS0 cryptomgr.notests";
 
+/// Where everything lands that has to do with Linux.
+pub(crate) fn folder() -> PathBuf {
+    crate::workspace().join("target/linux")
+}
+
 /// Where the initramfs lands.
 #[must_use]
 pub fn initramfs_path() -> PathBuf {
-    crate::workspace().join("target/linux/initramfs.cpio")
+    folder().join("initramfs.cpio")
 }
 
 /// Builds the first program, and packs it.
@@ -31,7 +36,7 @@ pub fn initramfs_path() -> PathBuf {
 ///
 /// It does not compile.
 pub fn initramfs(tools: &Tools) -> Result<PathBuf> {
-    let program = crate::workspace().join("target/linux/init");
+    let program = folder().join("init");
     build::kernel(tools, "vmi-linux-init", &program, &[])?;
     let path = initramfs_path();
     build::write(&path, &archive(&build::read(&program)?))?;

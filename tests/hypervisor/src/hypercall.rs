@@ -8,9 +8,7 @@ use crate::shadow::Shadow;
 use crate::walk::{Level, Mode, PRESENT, Registers, find};
 use core::mem::size_of;
 use vmi_abi::number;
-use vmi_hv_backend::reference::interface::{
-    Counters, Hypercall, MAP_WORDS, PHYSICAL, SHOWN_BYTES, Status,
-};
+use vmi_hv_backend::reference::interface::{Counters, Hypercall, PHYSICAL, SHOWN_BYTES, Status};
 use vmi_hv_backend::{CallNumber, Update};
 
 /// The most bytes of the text of [`Hypercall::Stop`].
@@ -118,9 +116,8 @@ impl<M: Memory, H: Fn(u64) -> bool> Machine<'_, '_, M, H> {
             && self.has(address, bytes, 4, is_writable);
         match &mut self.quiet {
             None => Status::UnknownHypercall,
-            Some(quiet) if bytes == 0 => {
-                quiet.now = false;
-                self.show_map();
+            Some(_) if bytes == 0 => {
+                self.be_loud();
                 self.quiet.as_deref_mut().map(core::mem::take);
                 if let Some(shadow) = &mut self.shadow {
                     shadow.disown();
@@ -132,7 +129,6 @@ impl<M: Memory, H: Fn(u64) -> bool> Machine<'_, '_, M, H> {
                 **quiet = Quiet { map: Some(address), is_shown: true, now: false };
                 self.show_map();
                 if let Some(shadow) = &mut self.shadow {
-                    shadow.disown();
                     shadow.adopt(self.registers, self.memory);
                 }
                 Status::Done
@@ -141,13 +137,22 @@ impl<M: Memory, H: Fn(u64) -> bool> Machine<'_, '_, M, H> {
     }
 
     fn reconsider(&mut self, linear: u32) -> Status {
-        let Some(quiet) = &mut self.quiet else { return Status::UnknownHypercall };
-        quiet.now = false;
-        self.show_map();
+        if self.quiet.is_none() {
+            return Status::UnknownHypercall;
+        }
+        self.be_loud();
         if let Some(shadow) = &mut self.shadow {
             shadow.invalidate_page(self.registers, self.memory, linear);
         }
         Status::Done
+    }
+
+    /// Page faults are reported until a batch ends that has all.
+    fn be_loud(&mut self) {
+        if let Some(quiet) = &mut self.quiet {
+            quiet.now = false;
+        }
+        self.show_map();
     }
 
     /// Decides behind a batch whether page faults are quiet. After a refusal something may still wait.
@@ -165,7 +170,7 @@ impl<M: Memory, H: Fn(u64) -> bool> Machine<'_, '_, M, H> {
         let (Some(quiet), Some(shadow)) = (&mut self.quiet, &self.shadow) else { return };
         let Some(address) = quiet.map.filter(|_| quiet.now || quiet.is_shown) else { return };
         quiet.is_shown = quiet.now;
-        let mut words = [0; MAP_WORDS + 1];
+        let mut words = [0; SHOWN_BYTES as usize / 4];
         if quiet.now {
             let shown = shadow.map().chain([self.registers.cr3]);
             words.iter_mut().zip(shown).for_each(|(word, value)| *word = value);

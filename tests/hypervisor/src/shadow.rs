@@ -466,8 +466,9 @@ impl<'a> Shadow<'a> {
         self.changed = true;
     }
 
-    /// The guest tells from here on of changes of all tables that CR3 leads to, as if they were announced.
+    /// The guest tells from here on of changes of all tables that CR3 leads to, as if they were announced, and of no others that were adopted.
     pub fn adopt(&mut self, registers: &Registers, memory: &impl Memory) {
+        self.disown();
         if !registers.has_paging() {
             return;
         }
@@ -483,7 +484,6 @@ impl<'a> Shadow<'a> {
                 self.adopt_frame(mode.frame(Level::Directory, entry));
             }
         }
-        self.changed = true;
     }
 
     fn adopt_frame(&mut self, frame: u64) {

@@ -2,6 +2,7 @@
 //!
 //! apt's lists lie below `target/`, the source lies there while it is built, and nothing is installed.
 
+use super::folder;
 use crate::build;
 use crate::debian::{Apt, Kind};
 use crate::kbuild::{self, Kbuild};
@@ -70,12 +71,7 @@ impl Flavour {
             hash.update(part);
         }
         hash.update(self.configuration());
-        let mut text = String::new();
-        for byte in hash.finalize() {
-            // A string takes everything.
-            let _ = write!(text, "{byte:02x}");
-        }
-        text
+        build::hex(&hash.finalize())
     }
 
     /// Where it lands.
@@ -113,11 +109,6 @@ pub struct Kernel {
     pub path: PathBuf,
     /// The version of Debian's package.
     pub version: String,
-}
-
-/// Everything that has to do with Linux.
-fn folder() -> PathBuf {
-    crate::workspace().join("target/linux")
 }
 
 /// Builds the kernels that were not.

@@ -251,9 +251,7 @@ fn examples() -> Result<ExitCode> {
 
 /// As many digits of the sum as tell two images apart.
 fn sum(bytes: &[u8]) -> Cell {
-    let digits: String =
-        Sha256::digest(bytes).iter().take(8).map(|byte| format!("{byte:02x}")).collect();
-    Cell::new(digits, DIM)
+    Cell::new(build::hex(&Sha256::digest(bytes)[..8]), DIM)
 }
 
 /// How many calls the image answers in which way, or has slots for.

@@ -72,6 +72,5 @@ pub(super) fn run(findings: &Findings, all: &super::Args) -> Result<ExitCode> {
 
 /// The sum of a file.
 fn sum(path: &Path) -> Result<String> {
-    let sum = Sha256::digest(build::read(path)?);
-    Ok(sum.iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(build::hex(&Sha256::digest(build::read(path)?)))
 }

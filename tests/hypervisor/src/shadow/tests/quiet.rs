@@ -157,6 +157,9 @@ impl Memory for Kept<'_> {
     }
 }
 
+/// Why nothing is wanted of a store that goes nowhere: to a ROM, or where nothing is.
+const DROPPED: &str = "a store is dropped";
+
 /// What an access comes to by the guest's tables: the machine's address, or the error code; and nothing to be set in them.
 fn wanted(world: &World, linear: u32, access: Access) -> Result<Result<u64, u32>, &'static str> {
     let memory = Kept(&world.ram, Cell::new(false));
@@ -169,18 +172,11 @@ fn wanted(world: &World, linear: u32, access: Access) -> Result<Result<u64, u32>
     }
     let base = match world.ram.place(found.physical / FRAME) {
         Place::Memory(base) | Place::Device(base) => base,
+        Place::ReadOnly(_) | Place::Nothing if access.write => return Err(DROPPED),
         Place::ReadOnly(base) => base,
         Place::Nothing => world.shadow.ones,
     };
     Ok(Ok(base + found.physical % FRAME))
-}
-
-/// Whether a store goes nowhere: to a ROM, or where nothing is.
-fn is_dropped(world: &World, linear: u32, access: Access) -> bool {
-    let memory = Kept(&world.ram, Cell::new(false));
-    translate(&world.registers, &memory, linear, access).is_ok_and(|found| {
-        matches!(world.ram.place(found.physical / FRAME), Place::ReadOnly(_) | Place::Nothing)
-    })
 }
 
 /// Compares a shadow that says it is complete.
@@ -194,8 +190,8 @@ pub(super) fn check(world: &World, addresses: impl Iterator<Item = u32>) -> Resu
                 is = is.map_err(|error| error & !ERROR_EXECUTE);
             }
             let wanted = wanted(world, linear, access);
-            if access.write && is_dropped(world, linear, access) && is.is_err() {
-                // Nobody stores there. Whoever does is heard at the second page fault.
+            if wanted == Err(DROPPED) && is.is_err() {
+                // Nobody stores there. Whoever does is heard at the third page fault.
                 continue;
             }
             if wanted != Ok(is) {
