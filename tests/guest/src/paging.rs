@@ -569,7 +569,9 @@ impl LocalApic {
     pub(crate) fn wire_timer_as_nmi(self, nmi: bool) {
         const LOCAL_LINE_0: u32 = 0x350;
         const EXTERNAL: u32 = 0x700;
-        crate::devices::enable_timer_line(nmi);
+        // The line is masked while its kind changes: a pending tick would be delivered as both.
+        crate::devices::enable_timer_line(false);
         self.write(LOCAL_LINE_0, if nmi { NMI } else { EXTERNAL });
+        crate::devices::enable_timer_line(nmi);
     }
 }

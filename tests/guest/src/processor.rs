@@ -199,6 +199,14 @@ pub(crate) fn accept_non_maskable_interrupts() {
     }
 }
 
+/// Whether an interrupt that came at this address found the processor halted: a HLT stands before it.
+pub(crate) fn halted_before(eip: u32) -> bool {
+    const HLT: u8 = 0xf4;
+    // SAFETY: code was just executed there, and neither an image nor the guest begins with its page's
+    // first instruction: a header stands before both.
+    unsafe { ((eip - 1) as *const u8).read_volatile() == HLT }
+}
+
 /// Loads FS and GS.
 pub(crate) fn set_fs_gs(fs: u16, gs: u16) {
     // SAFETY: the selectors name data descriptors of the guest's tables or are null; the guest
