@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * A client of VMI: finds the platform's ROM, and hands it the kernel's work on page tables.
+ * A client of VMI: finds the platform's ROM, and hands it the kernel's work on page tables, interrupts, and the ways back from them.
  *
- * A call that the ROM does not serve keeps the native code that stands in `vmi` from the start.
+ * A call that the ROM does not serve keeps the native code that stands in `vmi`, or at its sites, from the start.
  */
 #include <linux/init.h>
 #include <linux/mm.h>
@@ -12,11 +12,14 @@
 #include <asm/paravirt.h>
 #include <linux/pgtable.h>
 #include <asm/special_insns.h>
+#include <asm/text-patching.h>
 #include <asm/tlbflush.h>
+#include <asm/unaligned.h>
 #include <asm/vmi.h>
 #include <asm/vmi_registers.h>
+#include <asm/vmi_sites.h>
 
-/* The calls' numbers in revision 3.0. */
+/* The numbers in revision 3.0 of calls that have no sites. */
 enum {
 	VMI_SET_CR2 = 16,
 	VMI_SET_CR3 = 17,
@@ -48,7 +51,7 @@ enum {
 enum { VMI_LAZY_NONE, VMI_LAZY_MMU, VMI_LAZY_CPU };
 
 /* What get_reloc answers: EAX, and DL. */
-#define VMI_RELOCATION_CALL	1
+enum { VMI_RELOCATION_NONE, VMI_RELOCATION_CALL, VMI_RELOCATION_JUMP };
 
 struct vmi_rom {
 	u16 rom_signature;
@@ -278,13 +281,42 @@ static const struct vmi_rom __init *find_rom(void)
 	return NULL;
 }
 
-/* The call's code, or null where the ROM leaves it to the kernel. */
-static void __init *served(u32 call)
+/* How the ROM serves a call, and by which code. */
+static u8 __init relocation(u32 call, u32 *code)
 {
 	u64 (*get_reloc)(u32 call) = (void *)rom->get_reloc;
 	u64 answer = get_reloc(call);
 
-	return (u8)(answer >> 32) == VMI_RELOCATION_CALL ? (void *)(u32)answer : NULL;
+	*code = answer;
+	return answer >> 32;
+}
+
+/* The call's code, or null where the ROM leaves it to the kernel. */
+static void __init *served(u32 call)
+{
+	u32 code;
+
+	return relocation(call, &code) == VMI_RELOCATION_CALL ? (void *)code : NULL;
+}
+
+/* Nothing else runs yet, and the kernel's text is still writable. */
+static void __init patch_site(const struct vmi_site *site)
+{
+	u8 code[VMI_SITE_SIZE];
+	u32 target;
+
+	switch (relocation(site->call, &target)) {
+	case VMI_RELOCATION_CALL:
+		code[0] = CALL_INSN_OPCODE;
+		break;
+	case VMI_RELOCATION_JUMP:
+		code[0] = JMP32_INSN_OPCODE;
+		break;
+	default:
+		return;
+	}
+	put_unaligned(target - (site->address + VMI_SITE_SIZE), (u32 *)&code[1]);
+	text_poke_early((void *)site->address, code, sizeof(code));
 }
 
 #define BIND(pointer, call)						\
@@ -298,6 +330,7 @@ void __init vmi_init(void)
 {
 	void (*set_linear_mapping)(u32 slot, u32 start, u32 pages, u32 pfn);
 	u32 (*init)(void);
+	const struct vmi_site *site;
 	unsigned long flags;
 
 	if (!is_off)
@@ -326,6 +359,8 @@ void __init vmi_init(void)
 		pv_ops.mmu.flush_tlb_user = flush_tlb_user;
 		pv_ops.mmu.flush_tlb_kernel = flush_tlb_kernel;
 	}
+	for (site = __vmi_sites; site < __vmi_sites_end; site++)
+		patch_site(site);
 	set_linear_mapping = served(VMI_SET_LINEAR_MAPPING);
 	if (set_linear_mapping)
 		set_linear_mapping(0, PAGE_OFFSET, MAXMEM >> PAGE_SHIFT, 0);

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * The memory half of VMI, the paravirtualization interface whose calls a ROM of the platform serves.
+ * Memory by VMI, the paravirtualization interface whose calls a ROM of the platform serves.
  *
- * Page tables, address spaces, TLB and fault address are the ROM's business here. All else stays native: this kernel wants ring 0.
+ * Page tables, address spaces, TLB and fault address are the ROM's business here, and what has a site in <asm/vmi_sites.h>. All else
+ * stays native: this kernel wants ring 0.
  */
 #ifndef _ASM_X86_VMI_H
 #define _ASM_X86_VMI_H

@@ -10,15 +10,16 @@ use std::time::Duration;
 use vmi_hv_backend::reference::interface::Counters;
 use xtask::artifacts;
 use xtask::build::Tools;
+use xtask::conformance::{Cost, mean_ratio};
 use xtask::debian::{self, Flavour};
 use xtask::hypervisor::{End, Mode, Paging};
 use xtask::kvm;
-use xtask::linux::{self, Below, Boot, Booted, vmi};
+use xtask::linux::{self, Below, Boot, Booted, costs, vmi};
 use xtask::qemu::Outcome;
 use xtask::toolchain::Findings;
 
 /// The tests of our first program.
-const TESTS: usize = 24;
+const TESTS: usize = 25;
 
 /// What a healthy kernel does not say.
 const COMPLAINTS: [&str; 8] = [
@@ -35,6 +36,10 @@ const COMPLAINTS: [&str; 8] = [
 /// Pieces of a kernel's work, by the words that have our first program do more of them, and how many times as many exits `trap` has of
 /// each, at least, as `vmi-batched`.
 const PIECES: [(&str, f64); 3] = [("forks", 2.5), ("execs", 2.5), ("protects", 20.0)];
+
+/// How many times as many instructions an operation of a kernel may take with a ROM as without, and the geometric mean of all.
+const COST: f64 = 1.02;
+const MEAN_COST: f64 = 1.01;
 
 /// QEMU's status when the hypervisor refuses its guest.
 const REFUSED: i32 = 67;
@@ -171,6 +176,66 @@ fn a_client_without_a_rom_runs_natively() -> Result<()> {
 #[test]
 fn a_client_runs_on_the_native_image() -> Result<()> {
     clients(Below::Machine { rom: Some(&artifacts::ensure()?.native) }, "", true)
+}
+
+/// The same frames that are nothing to the kernel where the IRET stands at its own site. It knows no fix-up of the ROM's.
+#[test]
+fn a_bad_frame_is_an_oops_where_sites_stay_calls() -> Result<()> {
+    let built = artifacts::ensure()?;
+    let is_oops = |image| -> Result<bool> {
+        let below = Below::Machine { rom: Some(image) };
+        let kernel = vmi::Flavour::I686.kernel()?.path;
+        let boot = Boot {
+            append: "-- only=frames",
+            ..Boot::tests(&built.emulator, &kernel, initramfs()?, below)
+        };
+        let booted = boot.run(|_| {})?;
+        let text = "linux: test frames FAILED: a bad frame ends otherwise";
+        let is_oops = booted.run.serial.contains(text);
+        ensure!(is_oops != booted.passed(), "{}", booted.run.serial);
+        ensure!(is_oops == booted.run.serial.contains("Call Trace:"), "{}", booted.run.serial);
+        Ok(is_oops)
+    };
+    ensure!(!is_oops(&built.native)?, "the IRET does not stand at the kernel's site");
+    ensure!(is_oops(&built.call)?, "the ROM's IRET does not fault");
+    Ok(())
+}
+
+/// What the operations of a kernel cost with each of these images, against none.
+fn costs_of<const N: usize>(flavour: vmi::Flavour, images: [&Path; N]) -> Result<[Vec<Cost>; N]> {
+    let (kernel, append) = (flavour.kernel()?.path, costs::append(""));
+    let boot = |rom| pass(&kernel, Below::Machine { rom }, &append);
+    let without = boot(None)?;
+    let mut each = [const { Vec::new() }; N];
+    for (costs, image) in each.iter_mut().zip(images) {
+        *costs = costs::compare(&without, &boot(Some(image))?)?;
+    }
+    Ok(each)
+}
+
+/// The ROM's calls become native code where they are called, in a kernel whose text is read-only.
+fn costs_nothing(flavour: vmi::Flavour) -> Result<()> {
+    let built = artifacts::ensure()?;
+    let [native, call] = costs_of(flavour, [&built.native, &built.call])?;
+    for cost in &native {
+        println!("{}: {:.0}, {:.0} with", cost.operation, cost.native, cost.rom);
+        ensure!(cost.ratio() <= COST, "{cost:?}");
+    }
+    let (native, call) = (mean_ratio(&native), mean_ratio(&call));
+    println!("mean: {native:.4}; where sites stay calls {call:.4}");
+    ensure!(native <= MEAN_COST, "{native}");
+    ensure!(call > native, "calls cost nothing either, so none was made: {call}");
+    Ok(())
+}
+
+#[test]
+fn a_client_with_two_levels_costs_nothing_on_bare_hardware() -> Result<()> {
+    costs_nothing(vmi::Flavour::I686)
+}
+
+#[test]
+fn a_client_with_three_levels_costs_nothing_on_bare_hardware() -> Result<()> {
+    costs_nothing(vmi::Flavour::I686Pae)
 }
 
 #[test]

@@ -1,5 +1,6 @@
-//! Linux as the guest: its first program, the initramfs around it, the runs; a Linux with a client of VMI.
+//! Linux as the guest: its first program, the initramfs around it, the runs; a Linux with a client of VMI, and what it costs.
 
+pub mod costs;
 pub mod vmi;
 
 use crate::artifacts::Hosting;

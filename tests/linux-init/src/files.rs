@@ -11,7 +11,7 @@ const READ_WRITE: u32 = 2;
 const CREATE: u32 = 0o100;
 
 /// Opens a file; the path ends in a zero.
-fn open(path: &'static str, flags: u32) -> Result<u32, Failure> {
+pub(crate) fn open(path: &'static str, flags: u32) -> Result<u32, Failure> {
     let file = call(number::OPEN, &[address(path), flags, 0o600]);
     if file < 0 { Err(Failure("open fails", file)) } else { Ok(file as u32) }
 }

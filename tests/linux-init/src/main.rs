@@ -4,18 +4,21 @@
 //! `linux: all N tests passed`, or how many did not, and the verdict ends QEMU through its exit device.
 //!
 //! The kernel's command line passes words behind ` -- `: `forks=N` and `execs=N` let it start so many processes more, and `protects=N`
-//! change protections in so many rounds more, so that two runs tell what one costs; `only=NAME` runs one test; `end=power-off` and
-//! `end=restart` let the kernel end the machine.
+//! change protections in so many rounds more, so that two runs tell what one costs; `costs` lets it say how long the kernel's operations
+//! take; `only=NAME` runs one test; `end=power-off` and `end=restart` let the kernel end the machine.
 //!
 //! - `start`: from the kernel's stack to [`main`],
 //! - `system`: system calls of the 32-bit interface, by `int 80h`,
 //! - `console`: lines, the end,
+//! - `costs`: what operations take,
 //! - `memory`, `processes`, `signals`, `threads`, `processor`, `files`: the tests.
 
 #![cfg_attr(target_os = "none", no_std, no_main)]
 
 #[cfg(target_os = "none")]
 mod console;
+#[cfg(target_os = "none")]
+mod costs;
 #[cfg(target_os = "none")]
 mod files;
 #[cfg(target_os = "none")]
@@ -37,7 +40,7 @@ mod threads;
 mod suite {
     use crate::console::{end, end_by_kernel, line};
     use crate::start::Arguments;
-    use crate::{files, memory, processes, processor, signals, threads};
+    use crate::{costs, files, memory, processes, processor, signals, threads};
 
     /// Why a test failed, and the number that was seen.
     #[derive(Clone, Copy, Debug)]
@@ -63,7 +66,7 @@ mod suite {
     pub(crate) use check;
 
     /// The tests.
-    const TESTS: [(&str, Test); 24] = [
+    const TESTS: [(&str, Test); 25] = [
         ("fork", || processes::forks(64)),
         ("exec", || processes::execs(32)),
         ("crowd", processes::crowd),
@@ -81,6 +84,7 @@ mod suite {
         ("signal", signals::handlers),
         ("write-fault", signals::write_fault),
         ("exceptions", signals::exceptions),
+        ("frames", signals::frames),
         ("timer", signals::timer),
         ("sleep", threads::sleep),
         ("threads", threads::threads),
@@ -119,6 +123,9 @@ mod suite {
             if count.is_some_and(|count| work(count).is_err()) {
                 failed += 1;
             }
+        }
+        if arguments.value("costs").is_some() {
+            failed += costs::say(&arguments);
         }
         if failed == 0 && passed != 0 {
             line!("all {passed} tests passed");

@@ -12,11 +12,13 @@ use crate::system::{
 use core::arch::{asm, naked_asm};
 use core::sync::atomic::{AtomicU32, Ordering::SeqCst};
 
-/// Numbers of signals.
+/// The signal that others send.
+pub(crate) const USER: u32 = 10;
+
+/// Numbers of the other signals.
 const ILLEGAL: u32 = 4;
 const TRAP: u32 = 5;
 const ARITHMETIC: u32 = 8;
-const USER: u32 = 10;
 const SEGMENT: u32 = 11;
 const ALARM: u32 = 14;
 
@@ -26,9 +28,11 @@ const RESTORER: u32 = 0x0400_0000;
 const OTHER_STACK: u32 = 0x0800_0000;
 
 /// Words of the context that a handler gets: the flags of the C library's start, then the registers as of `sigcontext`.
-const EIP: usize = 19;
 const VECTOR: usize = 17;
+const EIP: usize = 19;
+const CS: usize = 20;
 const EFLAGS: usize = 21;
+const SS: usize = 23;
 
 /// EFLAGS: a single step.
 const SINGLE_STEP: u32 = 1 << 8;
@@ -39,6 +43,11 @@ const FAULT_ADDRESS: usize = 3;
 static COUNT: AtomicU32 = AtomicU32::new(0);
 static SEEN: AtomicU32 = AtomicU32::new(0);
 static SKIP: AtomicU32 = AtomicU32::new(0);
+
+/// Segments that a handler puts into its frame, if it does.
+const KEPT: u32 = u32::MAX;
+static CODE: AtomicU32 = AtomicU32::new(KEPT);
+static STACK: AtomicU32 = AtomicU32::new(KEPT);
 
 type Handler = extern "C" fn(u32, *const u32, *mut u32);
 
@@ -51,7 +60,7 @@ unsafe extern "C" fn restorer() {
 }
 
 /// Sets what is done at a signal.
-fn handle(signal: u32, handler: Handler, flags: u32) -> Verdict {
+pub(crate) fn handle(signal: u32, handler: Handler, flags: u32) -> Verdict {
     let action = [
         handler as *const () as u32,
         WITH_INFORMATION | RESTORER | flags,
@@ -64,7 +73,7 @@ fn handle(signal: u32, handler: Handler, flags: u32) -> Verdict {
     Ok(())
 }
 
-extern "C" fn count(_: u32, _: *const u32, _: *mut u32) {
+pub(crate) extern "C" fn count(_: u32, _: *const u32, _: *mut u32) {
     COUNT.fetch_add(1, SeqCst);
 }
 
@@ -175,6 +184,82 @@ pub(crate) fn exceptions() -> Verdict {
         unsafe { asm!("mov eax, [ecx]", in("ecx") 16, out("eax") _) }
     })?;
     check!(other.unmap() == 0, "munmap fails");
+    Ok(())
+}
+
+/// Changes what the program comes back to.
+extern "C" fn spoil(_: u32, _: *const u32, context: *mut u32) {
+    for (word, value) in [(CS, &CODE), (SS, &STACK)] {
+        let value = value.load(SeqCst);
+        if value != KEPT {
+            // SAFETY: the kernel's promise.
+            unsafe { *context.add(word) = value };
+        }
+    }
+}
+
+/// A handler changes the segments in its frame, so that the kernel's IRET faults: that ends the process, and nothing else.
+pub(crate) fn frames() -> Verdict {
+    /// A table of one's own: its selectors, by the places of its entries.
+    const fn local(entry: u32) -> u32 {
+        entry << 3 | 7
+    }
+    /// What an entry is: 32 bits, all of memory, usable; and what makes it code, or not present.
+    const FLAT: u32 = 1 | 1 << 4 | 1 << 6;
+    const EXECUTABLE: u32 = 2 << 1;
+    const NOT_PRESENT: u32 = 1 << 5;
+    let entries = [FLAT, FLAT | NOT_PRESENT, FLAT | EXECUTABLE | NOT_PRESENT];
+    let (own_code, own_stack): (u32, u32);
+    // SAFETY: reads two registers.
+    unsafe { asm!("mov {0:e}, cs", "mov {1:e}, ss", out(reg) own_code, out(reg) own_stack) };
+    // Code, stack, whether that is something to come back to.
+    let frames = [
+        (KEPT, KEPT, true),
+        (KEPT, local(0), true),
+        // None, outside of each table, one that is not there.
+        (0, KEPT, false),
+        (KEPT, 0, false),
+        (0xfff8, KEPT, false),
+        (KEPT, 0xfff8, false),
+        (local(100), KEPT, false),
+        (KEPT, local(100), false),
+        // Of the wrong kind.
+        (own_stack, KEPT, false),
+        (KEPT, own_code, false),
+        (local(0), KEPT, false),
+        // Not present. One whose limit is too low would fault as well, but QEMU's translator does not look at limits.
+        (KEPT, local(1), false),
+        (local(2), KEPT, false),
+        (local(2), local(1), false),
+    ];
+    let own = || call(number::GETPID, &[]) as u32;
+    for (index, (code, stack, is_right)) in frames.into_iter().enumerate() {
+        let process = child(|| {
+            for (place, flags) in entries.into_iter().enumerate() {
+                let entry = [place as u32, 0, 0xf_ffff, flags];
+                if call(number::MODIFY_LDT, &[0x11, address(&entry), 16]) != 0 {
+                    return 1;
+                }
+            }
+            CODE.store(code, SeqCst);
+            STACK.store(stack, SeqCst);
+            // A test before this one has a handler for it.
+            let default = [0_u32; 5];
+            let done = call(number::RT_SIGACTION, &[ILLEGAL, address(&default), 0, 8]);
+            if done != 0 || handle(USER, spoil, 0).is_err() {
+                return 2;
+            }
+            u32::from(call(number::KILL, &[own(), USER]) != 0) * 3
+        });
+        let status = wait(process);
+        if is_right {
+            check!(status == 0, "a right frame ends the process", status);
+        } else {
+            // An oops would end it by another signal.
+            let number = (index as i32) << 16 | status;
+            check!(status as u32 & 0x7f == ILLEGAL, "a bad frame ends otherwise", number);
+        }
+    }
     Ok(())
 }
 

@@ -45,6 +45,26 @@ impl Arguments {
         unsafe { CStr::from_ptr(*self.first.add(index)) }.to_str().ok()
     }
 
+    /// What the kernel says by the number of an entry of its vector, behind arguments and environment.
+    pub(crate) fn auxiliary(&self, wanted: u32) -> Option<u32> {
+        // SAFETY: the kernel's promise: the environment lies behind the arguments' null and ends in one, then come pairs of numbers;
+        // the last has the number 0.
+        unsafe {
+            let mut word = self.first.cast::<u32>().add(self.count + 1);
+            while word.read() != 0 {
+                word = word.add(1);
+            }
+            word = word.add(1);
+            while word.read() != 0 {
+                if word.read() == wanted {
+                    return Some(word.add(1).read());
+                }
+                word = word.add(2);
+            }
+        }
+        None
+    }
+
     /// What follows a key such as `forks=`.
     pub(crate) fn value(&self, key: &str) -> Option<&'static str> {
         (1..self.count).find_map(|index| self.get(index)?.strip_prefix(key))

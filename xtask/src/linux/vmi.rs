@@ -18,13 +18,14 @@ use std::process::{Command, Stdio};
 const PACKAGE: &str = "linux-source-6.1";
 
 /// Our files, and where they go.
-const CLIENT: [(&str, &str); 3] = [
+const CLIENT: [(&str, &str); 4] = [
     ("arch/x86/kernel/vmi.c", include_str!("../../../tests/linux-vmi/vmi.c")),
     ("arch/x86/include/asm/vmi.h", include_str!("../../../tests/linux-vmi/vmi.h")),
     (
         "arch/x86/include/asm/vmi_registers.h",
         include_str!("../../../tests/linux-vmi/vmi_registers.h"),
     ),
+    ("arch/x86/include/asm/vmi_sites.h", include_str!("../../../tests/linux-vmi/vmi_sites.h")),
 ];
 
 /// Where Linux calls them.

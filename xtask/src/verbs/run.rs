@@ -1,6 +1,7 @@
 //! `cargo xtask run`.
 
 mod all;
+mod costs;
 mod kvm;
 mod linux;
 pub mod options;
@@ -8,7 +9,7 @@ mod reference;
 mod xen;
 
 use crate::artifacts::{self, Artifacts};
-use crate::conformance::{self, CallSummary, Client, Conformance, Cost, Subject};
+use crate::conformance::{self, CallSummary, Client, Conformance, Subject};
 use crate::progress::Progress;
 use crate::qemu::{Attachment, Machine, Model, printable};
 use crate::table::{Align, BAD, Cell, DIM, GOOD, HEAD, Table};
@@ -47,7 +48,8 @@ pub struct Args {
     #[arg(long, default_value = "max")]
     cpu: String,
     /// Show what a kernel's operations cost, in instructions: natively and with each of our images,
-    /// or with the ROM given; on Xen what changes cost there, its own work included.
+    /// or with the ROM given, of the test guest or of a Linux; on Xen what changes cost there, its own
+    /// work included.
     #[arg(long)]
     costs: bool,
     /// Put the ROM behind a PCI card instead of giving it to the firmware.
@@ -145,6 +147,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         }
         (Some(Host::Xen), None) => return xen::run(&findings, args),
         (Some(Host::All), None) => return all::run(&findings, args),
+        (None, Some(kernel)) if args.costs => return costs::of_linux(&findings, args, kernel),
         (None | Some(Host::Reference), Some(kernel)) => return linux::run(&findings, args, kernel),
         (Some(Host::Reference), None) => return reference::run(&findings, args),
         (None, None) => {}
@@ -185,7 +188,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 
 /// Everything for a reader.
 fn text(tried: &[Tried], costs_wanted: bool) -> String {
-    let mut text = if costs_wanted { cost_table(tried) } else { table(tried) };
+    let columns: Vec<_> =
+        tried.iter().map(|t| (t.name.as_str(), t.result.costs.as_slice())).collect();
+    let mut text = if costs_wanted { costs::table(&columns) } else { table(tried) };
     for Tried { name, result, .. } in tried {
         text.push_str(&failures(name, result));
     }
@@ -222,44 +227,6 @@ fn table(tried: &[Tried]) -> String {
         table.row(row);
     }
     table.render()
-}
-
-/// One row for each operation, and for each ROM what it costs.
-fn cost_table(tried: &[Tried]) -> String {
-    let mut columns = vec![Align::Left, Align::Right];
-    let mut roms: Vec<Cell> = vec!["".into(), "".into()];
-    let mut titles = vec!["instructions of", "native"];
-    for tried in tried {
-        columns.extend([Align::Right, Align::Right]);
-        roms.extend(["".into(), Cell::new(&tried.name, HEAD)]);
-        titles.extend(["with", "ratio"]);
-    }
-    let mut table = Table::new(&columns);
-    table.titles(roms);
-    table.heading(&titles);
-    let first = tried.first().map(|tried| tried.result.costs.as_slice()).unwrap_or_default();
-    for (index, Cost { operation, native, .. }) in first.iter().enumerate() {
-        let mut row: Vec<Cell> = vec![operation.as_str().into(), format!("{native:.0}").into()];
-        for tried in tried {
-            match tried.result.costs.get(index) {
-                Some(cost) => row.extend([format!("{:.0}", cost.rom).into(), ratio(cost.ratio())]),
-                None => row.extend(["".into(), "".into()]),
-            }
-        }
-        table.row(row);
-    }
-    let mut row: Vec<Cell> = vec!["geometric mean".into(), "".into()];
-    for tried in tried {
-        row.extend(["".into(), ratio(conformance::mean_ratio(&tried.result.costs))]);
-    }
-    table.row(row);
-    table.render()
-}
-
-/// A ratio; what costs nothing is good.
-fn ratio(ratio: f64) -> Cell {
-    let style = if ratio < 1.005 { GOOD } else { crate::table::PLAIN };
-    Cell::new(format!("{ratio:.3}"), style)
 }
 
 /// Answer, verdict, stack and instructions. The guest's own code is not the ROM's, so it stays in the background.
