@@ -58,15 +58,19 @@ impl Visited {
         Ok(Self { running, qmp, gdb, folder })
     }
 
-    /// Reads until the firmware has copied our image.
+    /// Reads until the firmware has copied our image, and the image's POST has noted in it what the machine allows.
     fn rom_over_qmp(&mut self) -> Result<Found> {
-        let start = Instant::now();
+        let image = std::fs::read(&artifacts::ensure()?.native)?;
+        let (start, mut is_late) = (Instant::now(), false);
         loop {
             match self.qmp.find() {
-                Ok(found) => return Ok(found),
-                Err(error) if start.elapsed() > LIMIT => return Err(error.into()),
-                Err(_) => ensure!(self.running.is_alive()?, "QEMU does not start"),
+                Ok(found) if is_late || found.roms.iter().all(|rom| rom.rom.file() != image) => {
+                    return Ok(found);
+                }
+                Err(error) if is_late => return Err(error.into()),
+                Ok(_) | Err(_) => ensure!(self.running.is_alive()?, "QEMU does not start"),
             }
+            is_late = start.elapsed() > LIMIT;
             thread::sleep(Duration::from_millis(100));
         }
     }
