@@ -99,7 +99,7 @@ pub enum SiteRule {
 }
 
 /// Bytes between the entry of a short call that rewrites its site and the same call without that.
-pub const SHORT_PLAIN: u8 = 13;
+pub const SHORT_PLAIN: u8 = 2;
 
 /// Whether a call's native code fits over the instruction that calls it, and a guest gains by that.
 ///

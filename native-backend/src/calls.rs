@@ -81,7 +81,8 @@ macro_rules! long_routines {
 /// Defines naked routines for calls whose native code is no longer than the instruction that calls
 /// them: in brackets what only a call needs, the code, behind a semicolon what brings a call back.
 ///
-/// In an image that rewrites sites each begins with what tries that, [`SHORT_PLAIN`] bytes of it.
+/// In an image that rewrites sites each begins with a jump to what tries that, behind the call itself. So the call lies only
+/// [`SHORT_PLAIN`] bytes behind its entry, and hardly a distance to the entry needs a carry to become one to the call.
 ///
 /// [`SHORT_PLAIN`]: crate::binding::SHORT_PLAIN
 #[cfg(feature = "rewrite-sites")]
@@ -92,17 +93,21 @@ macro_rules! short_routines {
     )*) => { routines! { $(
         $(#[$attribute])*
         $name {
-            "pushfd",
-            "cli",
-            "call {rewrite_site}",
-            ".byte {holder}, 4f - 3f, 4f - 3f + {jump}, 3f - 2f, 0", // With a site::Record.
-            "popfd",
+            "jmp 6f",
             "2:",
             $($before,)?
             "3:",
             $($code,)+
             "4:",
             $($end,)?
+            "5: .skip {room} - (5b - 2b), 0xcc",
+            "6: pushfd",
+            "cli",
+            "call {rewrite_site}",
+            ".byte {holder}, 4b - 3b, 4b - 3b + {jump}, 3b - 2b, 0", // With a site::Record.
+            "popfd",
+            "jmp 2b",
+            room = const crate::calls::site::ROOM,
             rewrite_site = sym crate::calls::site::rewrite_site,
             holder = const crate::calls::site::HOLDER,
             jump = const short_routines!(@jump $($end)?),

@@ -569,16 +569,16 @@ const BROKEN_REWRITING: [BrokenRewriting; 14] = [
     },
     BrokenRewriting {
         fault: "writes across two words before other processors' eyes",
-        old: &[0x83, 0xfa, 0x03], // cmp edx, 3
-        new: &[0x39, 0xd2, 0x90],
+        old: &[0x80, 0xfa, 0x03], // cmp dl, 3
+        new: &[0x38, 0xd2, 0x90],
         processors: 4,
         cpu: HARDWARE,
         complaint: "the site became",
     },
     BrokenRewriting {
         fault: "leads a direct call to a wrong place",
-        old: &[0x80, 0xc2, 0x0d], // add dl, 13
-        new: &[0x80, 0xc2, 0x0c],
+        old: &[0x80, 0xc2, 0x02], // add dl, 2
+        new: &[0x80, 0xc2, 0x01],
         processors: 4,
         cpu: HARDWARE,
         complaint: "the site became",
@@ -593,16 +593,16 @@ const BROKEN_REWRITING: [BrokenRewriting; 14] = [
     },
     BrokenRewriting {
         fault: "takes a MOV for a NOP",
-        old: &[0x3d, 0x66, 0x66, 0x00, 0x00], // cmp eax, 6666h
-        new: &[0x3d, 0x66, 0x89, 0x00, 0x00],
+        old: &[0x66, 0x3d, 0x66, 0x66], // cmp ax, 6666h
+        new: &[0x66, 0x3d, 0x66, 0x89],
         processors: 4,
         cpu: HARDWARE,
         complaint: "the site became",
     },
     BrokenRewriting {
         fault: "reads what lies behind the page",
-        old: &[0xa9, 0xfe, 0x0f, 0x00, 0x00], // test eax, 0ffeh
-        new: &[0xa9, 0xff, 0xff, 0xff, 0xff],
+        old: &[0x66, 0xa9, 0xfe, 0x0f], // test ax, 0ffeh
+        new: &[0x66, 0xa9, 0xff, 0xff],
         processors: 4,
         cpu: HARDWARE,
         complaint: "the site became",

@@ -9,12 +9,15 @@ use crate::binding::{SHORT_PLAIN, SiteRule};
 use core::mem::offset_of;
 use x86::controlregs::Cr0;
 
-/// What stands between a short call's entry and its own instructions: how [`rewrite_site`] is called.
+/// Bytes that a short call's own instructions may have.
+pub(super) const ROOM: u32 = 6;
+
+/// From a short call's entry to where [`rewrite_site`] returns to.
 ///
-/// In this order, with the bytes of each: PUSHFD and CLI, 1 each; CALL, 5; TEST of EAX with a
-/// [`Record`], 1 and the record; POPFD, 1. The TEST does nothing but hold the record, so that
-/// whoever reads the image as code finds nothing else in it.
-const RETURN: u32 = 1 + 1 + 5;
+/// There stand, with the bytes of each: a jump over the call, [`SHORT_PLAIN`]; the call itself, [`ROOM`]; PUSHFD and CLI, 1 each; CALL,
+/// 5. Behind them are a TEST of EAX with a [`Record`], POPFD, and a jump back to the call itself. The TEST does nothing but hold the
+/// record, so that whoever reads the image as code finds nothing else in it.
+const RETURN: u32 = SHORT_PLAIN as u32 + ROOM + 1 + 1 + 5;
 const RECORD: u32 = RETURN + 1;
 
 /// The opcode of that TEST. It may also take the place of a direct call's, so that the distance is
@@ -35,7 +38,7 @@ pub(super) struct Record {
     unused: u8,
 }
 
-const _: () = assert!(RECORD as usize + size_of::<Record>() + 1 == SHORT_PLAIN as usize);
+const _: () = assert!(size_of::<Record>() == size_of::<u32>());
 
 /// Bytes of `call rel32`, and its opcode.
 const DIRECT: u32 = 5;
@@ -68,8 +71,8 @@ const WORD: u32 = 8;
 /// What holds until POST, or the kernel that the image is linked into, has looked at the machine.
 const RULE: SiteRule = if cfg!(feature = "linked") { SiteRule::Never } else { SiteRule::InAWord };
 
-/// CR0.WP.
-const WRITE_PROTECT: u32 = Cr0::CR0_WRITE_PROTECT.bits() as u32;
+/// The bit in CR0 that protects read-only memory from the kernel.
+const WRITE_PROTECT: u32 = Cr0::CR0_WRITE_PROTECT.bits().trailing_zeros();
 
 /// What PUSHAD leaves on the stack.
 const SAVED: u32 = 32;
@@ -109,7 +112,7 @@ routines! {
         "cmp eax, {direct}",
         "jb 9f",
         "movzx ebx, word ptr ss:[esi - 6]",
-        "cmp ebx, {indirect_opcode}",
+        "cmp bx, {indirect_opcode}",
         "jne 9f",
         "cmp dl, {shorter_opcode}",
         "je 9f",
@@ -131,19 +134,18 @@ routines! {
         ".globl site_rule",
         ".hidden site_rule",
         ".set site_rule, 4b + 1",
-        "movzx edx, dl",
-        "test edx, edx",
+        "test dl, dl",
         "jz 9f",
 
         // How much of the site is to change: all of it, or as little as must.
-        // EAX: bytes to change. EBX: bytes of code. EDX: rule. ESI: the site.
+        // EAX: bytes to change. EBX: bytes of code. DL: rule. ESI: the site.
         "movzx ebx, byte ptr ss:[edi + {record} + {code}]",
         "sub esi, ecx",
         "mov eax, ecx",
         "cmp bl, ss:[edi + {record} + {least}]",
         "jne 5f",
         "mov eax, ebx",
-        "5: cmp edx, {one_byte}",
+        "5: cmp dl, {one_byte}",
         "jne 50f",
         "cmp eax, 1",
         "jne 52f",
@@ -154,7 +156,7 @@ routines! {
         "cmp ecx, {word}",
         "pop ecx",
         "jbe 6f",
-        "cmp edx, {anywhere}",
+        "cmp dl, {anywhere}",
         "jne 51f",
         // Nobody else runs code: the last eight bytes, which end with the site. They lie in its
         // page: a site that crosses a word does not lie in the page's first.
@@ -182,9 +184,9 @@ routines! {
         "je 54f",
         "cmp al, dl",
         "je 55f",
-        "cmp eax, {mov_esi}",
+        "cmp ax, {mov_esi}",
         "je 53f",
-        "cmp eax, {mov_eax}",
+        "cmp ax, {mov_eax}",
         "jne 56f",
         // Both of its bytes must change. Nobody executes it meanwhile: whoever calls and sees it
         // comes back behind it.
@@ -281,7 +283,7 @@ routines! {
         "pop edi",
         "mov esi, cr0",
         "push esi",
-        "and esi, {not_write_protect}",
+        "btr esi, {write_protect}",
         "mov cr0, esi",
         "lock cmpxchg8b qword ptr ss:[edi]",
         "setz bl",                              // MOV to CR0 leaves the flags undefined.
@@ -305,14 +307,14 @@ routines! {
         // Out: EAX: two bytes of it, or all ones; equal if it is a NOP, with or without prefixes.
         "20: mov eax, [ebp + {return_address}]",
         "inc eax",
-        "test eax, {page} - 2",
+        "test ax, {page} - 2",
         "jz 21f",
         "movzx eax, word ptr ss:[eax - 1]",
         "cmp al, {nop}",
         "je 22f",
-        "cmp eax, {long_nop}",
+        "cmp ax, {long_nop}",
         "je 22f",
-        "cmp eax, {short_nop}",
+        "cmp ax, {short_nop}",
         "jmp 22f",
         "21: or eax, -1",
         "22: ret",
@@ -339,7 +341,7 @@ routines! {
         mov_esi = const MOV_ESI,
         mov_eax = const MOV_EAX,
         holder = const HOLDER,
-        not_write_protect = const !WRITE_PROTECT,
+        write_protect = const WRITE_PROTECT,
         one_byte = const SiteRule::OneByte as u8,
         rule = const RULE as u8,
         anywhere = const SiteRule::Anywhere as u8,
