@@ -6,6 +6,7 @@
  */
 #include <linux/init.h>
 #include <linux/mm.h>
+#include <linux/percpu.h>
 #include <linux/sched.h>
 #include <linux/string.h>
 #include <asm/io.h>
@@ -184,13 +185,13 @@ void vmi_release_pmd(unsigned long pfn)
 	vmi.release_page(pfn, VMI_PD);
 }
 
-/* Lazy modes: the ROM knows one at a time, and a context switch may come in the middle of the other. */
+/* Lazy modes: each processor is in one at a time, and a context switch may come in the middle of the other. */
 
-static u32 lazy_mode;
+static DEFINE_PER_CPU(u32, lazy_mode);
 
 static void set_lazy_mode(u32 mode)
 {
-	lazy_mode = mode;
+	this_cpu_write(lazy_mode, mode);
 	vmi.set_lazy_mode(mode);
 }
 
@@ -209,7 +210,7 @@ void vmi_flush_lazy_mmu(void)
 	unsigned long flags;
 
 	local_irq_save(flags);
-	if (lazy_mode == VMI_LAZY_MMU) {
+	if (this_cpu_read(lazy_mode) == VMI_LAZY_MMU) {
 		vmi_leave_lazy();
 		vmi_enter_lazy_mmu();
 	}
@@ -218,7 +219,7 @@ void vmi_flush_lazy_mmu(void)
 
 void vmi_start_context_switch(struct task_struct *previous)
 {
-	if (lazy_mode == VMI_LAZY_MMU) {
+	if (this_cpu_read(lazy_mode) == VMI_LAZY_MMU) {
 		vmi_leave_lazy();
 		set_ti_thread_flag(task_thread_info(previous), TIF_LAZY_MMU_UPDATES);
 	}
@@ -302,7 +303,7 @@ static void __init *served(u32 call)
 /* Nothing else runs yet, and the kernel's text is still writable. */
 static void __init patch_site(const struct vmi_site *site)
 {
-	u8 code[VMI_SITE_SIZE];
+	u8 code[VMI_SITE_SIZE] = { [VMI_CALL_SIZE ... VMI_SITE_SIZE - 1] = 0x90 };
 	u32 target;
 
 	switch (relocation(site->call, &target)) {
@@ -315,7 +316,7 @@ static void __init patch_site(const struct vmi_site *site)
 	default:
 		return;
 	}
-	put_unaligned(target - (site->address + VMI_SITE_SIZE), (u32 *)&code[1]);
+	put_unaligned(target - (site->address + VMI_CALL_SIZE), (u32 *)&code[1]);
 	text_poke_early((void *)site->address, code, sizeof(code));
 }
 

@@ -2,7 +2,7 @@
 /*
  * Places where the kernel's own code may become a call into VMI's ROM: interrupts, and the ways back from them.
  *
- * A site has native code and room for a direct call. vmi_init() puts the call there if the ROM serves it.
+ * A site has native code, with the length of a call by a pointer. vmi_init() puts a direct call and a NOP there if the ROM serves it.
  */
 #ifndef _ASM_X86_VMI_SITES_H
 #define _ASM_X86_VMI_SITES_H
@@ -17,8 +17,9 @@
 #define VMI_IRET		33
 #define VMI_SYSEXIT		34
 
-/* A call's opcode, and how far it leads from its end. */
-#define VMI_SITE_SIZE		5
+/* A direct call, and the NOP behind it. */
+#define VMI_CALL_SIZE		5
+#define VMI_SITE_SIZE		6
 
 #ifdef __ASSEMBLY__
 
@@ -43,41 +44,41 @@ struct vmi_site {
 
 extern const struct vmi_site __vmi_sites[], __vmi_sites_end[];
 
-/* Code of as many bytes as a call has, with one NOP for its end. */
+/* Code of as many bytes as a site has, with one NOP for its end. */
 #define VMI_SITE(call, code)					\
 	"771:\t" code "\n"					\
 	".if . - 771b != " __stringify(VMI_SITE_SIZE) "\n"	\
-	".error \"a site has room for a call\"\n"		\
+	".error \"a site has its own length\"\n"		\
 	".endif\n"						\
 	".pushsection .vmi_sites, \"a\"\n"			\
 	".long 771b, " __stringify(call) "\n"			\
 	".popsection"
 
-#define VMI_NOP_3	"; .byte 0x8d, 0x76, 0x00"
 #define VMI_NOP_4	"; .byte 0x8d, 0x74, 0x26, 0x00"
+#define VMI_NOP_5	"; .byte 0x3e, 0x8d, 0x74, 0x26, 0x00"
 
 static __always_inline void vmi_enable_interrupts(void)
 {
-	asm volatile(VMI_SITE(VMI_ENABLE_INTERRUPTS, "sti" VMI_NOP_4) ::: "memory", "cc");
+	asm volatile(VMI_SITE(VMI_ENABLE_INTERRUPTS, "sti" VMI_NOP_5) ::: "memory", "cc");
 }
 
 static __always_inline void vmi_disable_interrupts(void)
 {
-	asm volatile(VMI_SITE(VMI_DISABLE_INTERRUPTS, "cli" VMI_NOP_4) ::: "memory", "cc");
+	asm volatile(VMI_SITE(VMI_DISABLE_INTERRUPTS, "cli" VMI_NOP_5) ::: "memory", "cc");
 }
 
 static __always_inline unsigned long vmi_get_interrupt_mask(void)
 {
 	unsigned long mask;
 
-	asm volatile(VMI_SITE(VMI_GET_INTERRUPT_MASK, "pushf; pop %%eax" VMI_NOP_3)
+	asm volatile(VMI_SITE(VMI_GET_INTERRUPT_MASK, "pushf; pop %%eax" VMI_NOP_4)
 		     : "=a" (mask) :: "memory", "cc");
 	return mask;
 }
 
 static __always_inline void vmi_set_interrupt_mask(unsigned long mask)
 {
-	asm volatile(VMI_SITE(VMI_SET_INTERRUPT_MASK, "push %%eax; popf" VMI_NOP_3)
+	asm volatile(VMI_SITE(VMI_SET_INTERRUPT_MASK, "push %%eax; popf" VMI_NOP_4)
 		     :: "a" (mask) : "memory", "cc");
 }
 

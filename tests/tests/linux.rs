@@ -57,8 +57,12 @@ fn initramfs() -> Result<&'static Path> {
 /// Boots a kernel that gets these words besides, and wants it to pass its tests and to complain of nothing.
 fn pass(kernel: &Path, below: Below<'_>, append: &str) -> Result<Booted> {
     let emulator = &artifacts::ensure_hosting()?.emulator;
-    let mut boot = Boot::tests(emulator, kernel, initramfs()?, below);
-    (boot.append, boot.limit) = (append, Duration::from_secs(200));
+    pass_boot(&Boot { append, ..Boot::tests(emulator, kernel, initramfs()?, below) })
+}
+
+/// The same, of any boot with our first program.
+fn pass_boot(boot: &Boot<'_>) -> Result<Booted> {
+    let boot = Boot { limit: Duration::from_secs(200), ..boot.clone() };
     let booted = boot.run(|_| {})?;
     let outcome = &booted.run.outcome;
     ensure!(
@@ -67,7 +71,7 @@ fn pass(kernel: &Path, below: Below<'_>, append: &str) -> Result<Booted> {
         booted.run.command,
         booted.last_lines()
     );
-    let wanted = if append.is_empty() { TESTS } else { 1 };
+    let wanted = if boot.append.is_empty() { TESTS } else { 1 };
     ensure!(
         booted.tests() == wanted,
         "{} of {wanted} tests\n{}",
@@ -151,10 +155,16 @@ fn the_same_kernel_runs_under_kvm_and_its_exits_are_counted() -> Result<()> {
     Ok(())
 }
 
-/// Boots each kernel with a client of VMI, and wants it to say that it found a ROM, or not to.
+/// Boots each kernel with a client of VMI, and wants it to say that it found a ROM, or not to; on a machine with all the processors
+/// that it is for.
 fn clients(below: Below<'_>, append: &str, finds_rom: bool) -> Result<()> {
     for flavour in vmi::Flavour::ALL {
+        let below = below.with_processors(flavour.processors());
         let booted = pass(&flavour.kernel()?.path, below, append)?;
+        if let Below::Machine { processors: processors @ 2.., .. } = below {
+            let line = format!("smp: Brought up 1 node, {processors} CPUs");
+            ensure!(booted.run.serial.contains(&line), "not so: {line}\n{}", booted.run.serial);
+        }
         let says = |line: &str| {
             line.contains("VMI: the ROM at ") && line.trim_end().ends_with(" serves revision 3.0")
         };
@@ -170,12 +180,12 @@ fn clients(below: Below<'_>, append: &str, finds_rom: bool) -> Result<()> {
 
 #[test]
 fn a_client_without_a_rom_runs_natively() -> Result<()> {
-    clients(Below::Machine { rom: None }, "", false)
+    clients(Below::machine(None), "", false)
 }
 
 #[test]
 fn a_client_runs_on_the_native_image() -> Result<()> {
-    clients(Below::Machine { rom: Some(&artifacts::ensure()?.native) }, "", true)
+    clients(Below::machine(Some(&artifacts::ensure()?.native)), "", true)
 }
 
 /// The same frames that are nothing to the kernel where the IRET stands at its own site. It knows no fix-up of the ROM's.
@@ -183,7 +193,7 @@ fn a_client_runs_on_the_native_image() -> Result<()> {
 fn a_bad_frame_is_an_oops_where_sites_stay_calls() -> Result<()> {
     let built = artifacts::ensure()?;
     let is_oops = |image| -> Result<bool> {
-        let below = Below::Machine { rom: Some(image) };
+        let below = Below::machine(Some(image));
         let kernel = vmi::Flavour::I686.kernel()?.path;
         let boot = Boot {
             append: "-- only=frames",
@@ -201,10 +211,19 @@ fn a_bad_frame_is_an_oops_where_sites_stay_calls() -> Result<()> {
     Ok(())
 }
 
-/// What the operations of a kernel cost with each of these images, against none.
-fn costs_of<const N: usize>(flavour: vmi::Flavour, images: [&Path; N]) -> Result<[Vec<Cost>; N]> {
+/// What the operations of a kernel cost with each of these images, against none, on a machine with so many processors.
+fn costs_of<const N: usize>(
+    flavour: vmi::Flavour,
+    (cpu, processors): (&str, u32),
+    images: [&Path; N],
+) -> Result<[Vec<Cost>; N]> {
     let (kernel, append) = (flavour.kernel()?.path, costs::append(""));
-    let boot = |rom| pass(&kernel, Below::Machine { rom }, &append);
+    let (emulator, initrd) = (&artifacts::ensure()?.emulator, initramfs()?);
+    let boot = |rom| {
+        let below = Below::Machine { rom, cpu, processors };
+        let tests = Boot::tests(emulator, &kernel, initrd, below);
+        pass_boot(&Boot { append: &append, steady_time: true, ..tests })
+    };
     let without = boot(None)?;
     let mut each = [const { Vec::new() }; N];
     for (costs, image) in each.iter_mut().zip(images) {
@@ -214,9 +233,9 @@ fn costs_of<const N: usize>(flavour: vmi::Flavour, images: [&Path; N]) -> Result
 }
 
 /// The ROM's calls become native code where they are called, in a kernel whose text is read-only.
-fn costs_nothing(flavour: vmi::Flavour) -> Result<()> {
+fn costs_nothing(flavour: vmi::Flavour, processors: (&str, u32)) -> Result<()> {
     let built = artifacts::ensure()?;
-    let [native, call] = costs_of(flavour, [&built.native, &built.call])?;
+    let [native, call] = costs_of(flavour, processors, [&built.native, &built.call])?;
     for cost in &native {
         println!("{}: {:.0}, {:.0} with", cost.operation, cost.native, cost.rom);
         ensure!(cost.ratio() <= COST, "{cost:?}");
@@ -230,17 +249,29 @@ fn costs_nothing(flavour: vmi::Flavour) -> Result<()> {
 
 #[test]
 fn a_client_with_two_levels_costs_nothing_on_bare_hardware() -> Result<()> {
-    costs_nothing(vmi::Flavour::I686)
+    costs_nothing(vmi::Flavour::I686, ("max", 1))
 }
 
 #[test]
 fn a_client_with_three_levels_costs_nothing_on_bare_hardware() -> Result<()> {
-    costs_nothing(vmi::Flavour::I686Pae)
+    costs_nothing(vmi::Flavour::I686Pae, ("max", 1))
+}
+
+/// Where several processors are an emulator's, only one byte of a site changes at a time.
+#[test]
+fn a_client_for_several_processors_costs_nothing_on_an_emulator() -> Result<()> {
+    costs_nothing(vmi::Flavour::I686Smp, ("max", 2))
+}
+
+/// Otherwise a word does.
+#[test]
+fn a_client_for_several_processors_costs_nothing_on_bare_hardware() -> Result<()> {
+    costs_nothing(vmi::Flavour::I686Smp, ("max,-hypervisor", 2))
 }
 
 #[test]
 fn a_client_that_is_told_to_look_for_no_rom_finds_none() -> Result<()> {
-    let below = Below::Machine { rom: Some(&artifacts::ensure()?.native) };
+    let below = Below::machine(Some(&artifacts::ensure()?.native));
     clients(below, "vmi=off -- only=pipe", false)
 }
 
@@ -351,7 +382,7 @@ fn a_first_program_that_does_not_run_is_no_pass() -> Result<()> {
     let initrd = folder.path().join("initramfs");
     std::fs::write(&initrd, linux::archive(b"not a program"))?;
     let kernel = debian::kernel(Flavour::I686)?;
-    let mut boot = Boot::tests(&built.emulator, &kernel, &initrd, Below::Machine { rom: None });
+    let mut boot = Boot::tests(&built.emulator, &kernel, &initrd, Below::machine(None));
     boot.append = "panic=-1";
     let booted = boot.run(|_| {})?;
     ensure!(booted.run.serial.contains("Kernel panic"), "{}", booted.last_lines());

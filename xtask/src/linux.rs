@@ -117,6 +117,10 @@ pub enum Below<'a> {
     Machine {
         /// An option ROM in it.
         rom: Option<&'a Path>,
+        /// QEMU's model of its processors.
+        cpu: &'a str,
+        /// How many there are.
+        processors: u32,
     },
     /// The reference hypervisor.
     Hypervisor {
@@ -129,6 +133,23 @@ pub enum Below<'a> {
         /// How memory is translated.
         paging: Paging,
     },
+}
+
+impl<'a> Below<'a> {
+    /// A machine with one processor that can do all that QEMU's can, and this option ROM.
+    #[must_use]
+    pub const fn machine(rom: Option<&'a Path>) -> Self {
+        Self::Machine { rom, cpu: "max", processors: 1 }
+    }
+
+    /// The same with so many processors, if it is a machine: the hypervisor has one.
+    #[must_use]
+    pub const fn with_processors(self, processors: u32) -> Self {
+        match self {
+            Self::Machine { rom, cpu, .. } => Self::Machine { rom, cpu, processors },
+            Self::Hypervisor { .. } => self,
+        }
+    }
 }
 
 /// A boot of Linux.
@@ -150,6 +171,8 @@ pub struct Boot<'a> {
     pub limit: Duration,
     /// Whether the exits are wanted.
     pub traced: bool,
+    /// Whether time passes by instructions. Processors that wait for each other wait for ever then: QEMU runs them by turns.
+    pub steady_time: bool,
 }
 
 impl<'a> Boot<'a> {
@@ -163,7 +186,8 @@ impl<'a> Boot<'a> {
     ) -> Self {
         let limit = Duration::from_secs(120);
         let (append, marker, traced) = ("", Some(MARKER), false);
-        Self { emulator, kernel, initrd, append, below, marker, limit, traced }
+        let steady_time = !matches!(below, Below::Machine { processors: 2.., .. });
+        Self { emulator, kernel, initrd, append, below, marker, limit, traced, steady_time }
     }
 
     /// The machine.
@@ -171,7 +195,10 @@ impl<'a> Boot<'a> {
     pub fn machine(&self) -> Machine {
         let line = format!("{COMMAND_LINE} {}", self.append).trim_end().to_owned();
         let machine = match self.below {
-            Below::Machine { rom } => Machine {
+            Below::Machine { rom, cpu, processors } => Machine {
+                cpu: cpu.into(),
+                processors,
+                steady_time: self.steady_time,
                 roms: rom.map(|rom| Attachment::OptionRom(rom.into())).into_iter().collect(),
                 memory: 512,
                 kernel: Some(self.kernel.into()),

@@ -5,13 +5,14 @@ use crate::conformance::Cost;
 use crate::qemu::TICKS_PER_INSTRUCTION;
 use anyhow::{Context, Result, ensure};
 
-/// The command line's words with those for it: the kernel puts programs at the same addresses each time, and behind two dashes our
-/// first program runs one of its tests and says what operations cost.
+/// The command line's words with those for it: the kernel puts programs at the same addresses each time, and starts none of the
+/// machine's other processors, for instructions can be counted only if it waits for none. Behind two dashes our first program runs one
+/// of its tests and says what operations cost.
 #[must_use]
 pub fn append(words: &str) -> String {
     let dashes = if words.split_whitespace().any(|word| word == "--") { "" } else { "-- " };
     let space = if words.is_empty() { "" } else { " " };
-    format!("norandmaps {words}{space}{dashes}only=pipe costs")
+    format!("norandmaps maxcpus=1 {words}{space}{dashes}only=pipe costs")
 }
 
 /// The operations of a boot, and the instructions that each takes.
@@ -86,8 +87,8 @@ mod tests {
 
     #[test]
     fn words_stand_behind_two_dashes_once() {
-        assert_eq!(append(""), "norandmaps -- only=pipe costs");
-        assert_eq!(append("quiet"), "norandmaps quiet -- only=pipe costs");
-        assert_eq!(append("a -- forks=3"), "norandmaps a -- forks=3 only=pipe costs");
+        assert_eq!(append(""), "norandmaps maxcpus=1 -- only=pipe costs");
+        assert_eq!(append("quiet"), "norandmaps maxcpus=1 quiet -- only=pipe costs");
+        assert_eq!(append("a -- forks=3"), "norandmaps maxcpus=1 a -- forks=3 only=pipe costs");
     }
 }

@@ -37,15 +37,17 @@ const CONFIGURATION: &str = include_str!("../../../tests/linux-vmi/config");
 /// A kernel, named like Debian's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Flavour {
-    /// With two levels of page tables.
+    /// For one processor, with two levels of page tables.
     I686,
-    /// With three levels, the physical address extension.
+    /// For one processor, with three levels, the physical address extension.
     I686Pae,
+    /// For several processors, with two levels.
+    I686Smp,
 }
 
 impl Flavour {
     /// Each of them.
-    pub const ALL: [Self; 2] = [Self::I686, Self::I686Pae];
+    pub const ALL: [Self; 3] = [Self::I686, Self::I686Pae, Self::I686Smp];
 
     /// Its name.
     #[must_use]
@@ -53,16 +55,30 @@ impl Flavour {
         match self {
             Self::I686 => "vmi-686",
             Self::I686Pae => "vmi-686-pae",
+            Self::I686Smp => "vmi-686-smp",
+        }
+    }
+
+    /// How many processors of a machine it uses in our tests.
+    #[must_use]
+    pub const fn processors(self) -> u32 {
+        match self {
+            Self::I686 | Self::I686Pae => 1,
+            Self::I686Smp => 4,
         }
     }
 
     /// The answers to the questions of Linux's configuration; to all others it is no.
     fn configuration(self) -> String {
         let levels = match self {
-            Self::I686 => "CONFIG_NOHIGHMEM=y",
+            Self::I686 | Self::I686Smp => "CONFIG_NOHIGHMEM=y",
             Self::I686Pae => "CONFIG_HIGHMEM64G=y",
         };
-        format!("{CONFIGURATION}{levels}\n")
+        let processors = match self {
+            Self::I686 | Self::I686Pae => "CONFIG_X86_UP_APIC=y\nCONFIG_X86_UP_IOAPIC=y",
+            Self::I686Smp => "CONFIG_SMP=y",
+        };
+        format!("{CONFIGURATION}\n# Its own.\n{levels}\n{processors}\n")
     }
 
     /// What of ours goes into it, in short.
@@ -270,12 +286,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_flavours_differ_in_one_answer() {
-        let [two, three] = Flavour::ALL.map(Flavour::configuration);
-        assert!(two.contains("\nCONFIG_VMI=y\n") && two.ends_with("\nCONFIG_NOHIGHMEM=y\n"));
+    fn the_flavours_differ_in_levels_and_processors() {
+        let [two, three, several] = Flavour::ALL.map(Flavour::configuration);
+        assert!(two.contains("\nCONFIG_VMI=y\n") && two.contains("\nCONFIG_NOHIGHMEM=y\n"));
         assert_eq!(two.replace("NOHIGHMEM", "HIGHMEM64G"), three);
-        let [two, three] = Flavour::ALL.map(Flavour::ours);
-        assert!(two != three && two.len() == 64 && three.len() == 64, "{two} {three}");
+        assert_eq!(two.replace("X86_UP_APIC=y\nCONFIG_X86_UP_IOAPIC", "SMP"), several);
+        let [two, three, several] = Flavour::ALL.map(Flavour::ours);
+        assert!(two != three && two != several && three != several, "{two} {three} {several}");
+        assert_eq!(two.len(), 64);
     }
 
     #[test]

@@ -62,13 +62,22 @@ pub(super) fn is_a_rom(file: &Path) -> Result<()> {
     Rom::parse(&build::read(file)?).map(drop).with_context(|| file.display().to_string())
 }
 
+/// What a kernel is booted on.
+#[derive(Clone, Copy)]
+pub(super) enum On<'a> {
+    /// The machine, with these processors.
+    Machine { cpu: &'a str, processors: u32 },
+    /// The reference hypervisor.
+    Hypervisor(Mode),
+}
+
 /// What is booted, and what is wanted of it.
 pub(super) struct Order<'a> {
     pub(super) kernel: &'a Path,
     pub(super) guest: &'a GuestOptions,
     pub(super) rom: Option<&'a Path>,
-    /// One boot for each; none is without the hypervisor.
-    pub(super) modes: Vec<Option<Mode>>,
+    /// One boot on each.
+    pub(super) on: Vec<On<'a>>,
     pub(super) paging: Paging,
     pub(super) limit: Duration,
     pub(super) trace: Option<&'a Path>,
@@ -152,13 +161,16 @@ pub(super) fn boot_all(findings: &Findings, order: &Order<'_>) -> Result<ExitCod
     let built = artifacts::build_hosting(findings)?;
     let initrd = guest.initramfs(findings)?;
     let mut boots: Vec<Named> = Vec::new();
-    for mode in &order.modes {
-        let name = mode.map_or("no hypervisor", Mode::name);
+    for on in &order.on {
+        let name = match on {
+            On::Machine { .. } => "no hypervisor",
+            On::Hypervisor(mode) => mode.name(),
+        };
         let progress = Progress::start(format!("booting {}, {name}", build::shown(kernel)));
         let (rom, paging) = (order.rom, order.paging);
-        let below = match *mode {
-            None => Below::Machine { rom },
-            Some(mode) => Below::Hypervisor { built: &built, rom, mode, paging },
+        let below = match *on {
+            On::Machine { cpu, processors } => Below::Machine { rom, cpu, processors },
+            On::Hypervisor(mode) => Below::Hypervisor { built: &built, rom, mode, paging },
         };
         let mut boot = Boot::tests(&built.emulator, kernel, &initrd, below);
         boot.append = &guest.append;

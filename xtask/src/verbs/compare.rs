@@ -1,6 +1,6 @@
 //! `cargo xtask compare`.
 
-use super::boots::{self, GuestOptions, Order};
+use super::boots::{self, GuestOptions, On, Order};
 use crate::hypervisor::{Mode, Paging};
 use crate::toolchain::Need;
 use anyhow::Result;
@@ -54,7 +54,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         kernel: &args.kernel,
         guest: &args.guest,
         rom: args.rom.as_deref(),
-        modes: Mode::ALL.map(Some).to_vec(),
+        on: Mode::ALL.map(On::Hypervisor).to_vec(),
         paging: args.paging,
         limit: Duration::from_secs(args.limit),
         trace: args.trace.as_deref(),

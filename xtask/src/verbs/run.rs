@@ -55,7 +55,7 @@ pub struct Args {
     /// Put the ROM behind a PCI card instead of giving it to the firmware.
     #[arg(long)]
     bar: bool,
-    /// Processors; the guest runs on the first.
+    /// Processors; the test guest runs on the first.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=255))]
     processors: u32,
     /// Memory in MiB.

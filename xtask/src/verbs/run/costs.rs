@@ -73,7 +73,13 @@ pub(super) fn of_linux(findings: &Findings, all: &Args, kernel: &Path) -> Result
         let boot = Boot {
             append: &append,
             limit: all.limit(),
-            ..Boot::tests(&built.emulator, kernel, &initrd, Below::Machine { rom })
+            steady_time: true,
+            ..Boot::tests(
+                &built.emulator,
+                kernel,
+                &initrd,
+                Below::Machine { rom, cpu: &all.cpu, processors: all.processors },
+            )
         };
         let booted = boot.run(boots::shows(all.verbose, &progress))?;
         if let Some(complaint) = booted.complaint() {

@@ -1,7 +1,7 @@
 //! `cargo xtask run --kernel`.
 
 use crate::toolchain::Findings;
-use crate::verbs::boots::{self, GuestOptions, Order};
+use crate::verbs::boots::{self, GuestOptions, On, Order};
 use anyhow::Result;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -23,15 +23,15 @@ pub(super) struct LinuxOptions {
 ///
 /// As [`boots::boot_all`].
 pub(super) fn run(findings: &Findings, all: &super::Args, kernel: &Path) -> Result<ExitCode> {
-    let modes = match all.reference.on {
-        Some(_) => all.reference.modes().into_iter().map(Some).collect(),
-        None => vec![None],
+    let on = match all.reference.on {
+        Some(_) => all.reference.modes().into_iter().map(On::Hypervisor).collect(),
+        None => vec![On::Machine { cpu: &all.cpu, processors: all.processors }],
     };
     let order = Order {
         kernel,
         guest: &all.linux.guest,
         rom: all.rom.as_deref(),
-        modes,
+        on,
         paging: all.reference.paging,
         limit: all.limit(),
         trace: all.reference.trace.as_deref(),

@@ -35,7 +35,7 @@ const RUNS: [Run; 7] = [
     Run { on: Some(Host::Reference), is_linux: false, takes: &["rom", "mode", "paging", "workload", "hostile", "end", "trace"] },
     Run { on: Some(Host::Xen), is_linux: false, takes: &["rom", "xen", "costs"] },
     Run { on: Some(Host::All), is_linux: false, takes: &["rom", "xen"] },
-    Run { on: None, is_linux: true, takes: &["initrd", "append", "rom", "costs"] },
+    Run { on: None, is_linux: true, takes: &["initrd", "append", "rom", "cpu", "processors", "costs"] },
     Run { on: Some(Host::Reference), is_linux: true, takes: &["initrd", "append", "rom", "mode", "paging", "trace"] },
     Run { on: Some(Host::Kvm), is_linux: true, takes: &["initrd", "append", "paging"] },
 ];
