@@ -31,8 +31,8 @@ pub struct Args {
     /// Fetch Debian's 32-bit Linux kernels too, for guests: about 100 MB, into `target/linux`, with apt. They are not installed.
     #[arg(long, conflicts_with_all = ["dry_run", "check"])]
     linux: bool,
-    /// Build a current Linux with a client of VMI too, from Debian's package of its source, into `target/linux`: in two flavours, each of
-    /// them about three minutes on two processors. It is not installed.
+    /// Build a current Linux with a client of VMI too, from Debian's package of its source, into `target/linux`: in three flavours, each of
+    /// them about four minutes on two processors. It is not installed.
     #[arg(long, conflicts_with_all = ["dry_run", "check"])]
     linux_vmi: bool,
     /// Fetch a 64-bit kernel of Debian's with KVM too, the host of `run --on kvm`: about 30 MB, into `target/linux`. It is not installed.
