@@ -12,7 +12,7 @@ use xtask::artifacts;
 use xtask::build::Tools;
 use xtask::conformance::{Cost, mean_ratio};
 use xtask::debian::{self, Flavour};
-use xtask::hypervisor::{End, Mode, Paging};
+use xtask::hypervisor::{End, GuestRom, Mode, Paging};
 use xtask::kvm;
 use xtask::linux::{self, Below, Boot, Booted, costs, vmi};
 use xtask::qemu::Outcome;
@@ -91,7 +91,7 @@ fn pass_boot(boot: &Boot<'_>) -> Result<Booted> {
 
 /// The hypervisor.
 fn hypervisor(mode: Mode, paging: Paging) -> Result<Below<'static>> {
-    Ok(Below::Hypervisor { built: artifacts::ensure_hosting()?, rom: None, mode, paging })
+    Ok(Below::Hypervisor { built: artifacts::ensure_hosting()?, rom: GuestRom::Ours, mode, paging })
 }
 
 /// What the hypervisor counted.
@@ -280,6 +280,14 @@ fn a_client_runs_on_the_hypervisor_without_a_rom() -> Result<()> {
     clients(hypervisor(Mode::Trap, Paging::Shadow)?, "", false)
 }
 
+/// An image in the guest's machine serves a kernel there as on bare hardware, with a hypervisor below that knows nothing of it.
+#[test]
+fn a_client_runs_on_the_native_image_where_each_change_traps() -> Result<()> {
+    let rom = GuestRom::File(&artifacts::ensure()?.native);
+    let (built, mode, paging) = (artifacts::ensure_hosting()?, Mode::Trap, Paging::Shadow);
+    clients(Below::Hypervisor { built, rom, mode, paging }, "", true)
+}
+
 #[test]
 fn a_client_tells_of_each_change() -> Result<()> {
     clients(hypervisor(Mode::Vmi, Paging::Shadow)?, "", true)
@@ -343,7 +351,7 @@ fn a_client_with_three_levels_saves_exits() -> Result<()> {
 fn ended_by_kernel(word: &str) -> Result<Booted> {
     let built = artifacts::ensure_hosting()?;
     let (mode, paging) = (Mode::Trap, Paging::Nested);
-    let below = Below::Hypervisor { built, rom: None, mode, paging };
+    let below = Below::Hypervisor { built, rom: GuestRom::Ours, mode, paging };
     let kernel = debian::kernel(Flavour::I686)?;
     let append = format!("-- only=fork end={word}");
     let mut boot = Boot::tests(&built.emulator, &kernel, initramfs()?, below);
@@ -397,7 +405,12 @@ fn a_kernel_that_is_cut_off_is_refused() -> Result<()> {
     let kernel = folder.path().join("bzImage");
     let bytes = std::fs::read(debian::kernel(Flavour::I686)?)?;
     std::fs::write(&kernel, &bytes[..bytes.len() / 2])?;
-    let below = Below::Hypervisor { built, rom: None, mode: Mode::Trap, paging: Paging::default() };
+    let below = Below::Hypervisor {
+        built,
+        rom: GuestRom::Ours,
+        mode: Mode::Trap,
+        paging: Paging::default(),
+    };
     let booted = Boot::tests(&built.emulator, &kernel, initramfs()?, below).run(|_| {})?;
     let is_refused = matches!(booted.run.outcome, Outcome::WrongExit { status: Some(REFUSED), .. });
     ensure!(is_refused, "{}\n{}", booted.run.outcome, booted.last_lines());

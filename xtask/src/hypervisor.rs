@@ -141,17 +141,31 @@ pub struct Supply<'a> {
     pub limit: Duration,
 }
 
-/// A machine that starts the hypervisor: the guest's modules, and behind them the ROM, where the mode has one.
+/// The ROM of a guest on the hypervisor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GuestRom<'a> {
+    /// Ours, but none in [`Mode::Trap`].
+    Ours,
+    /// None. The hypervisor refuses that in modes that are by calls into one.
+    None,
+    /// This image.
+    File(&'a Path),
+}
+
+/// A machine that starts the hypervisor: the guest's modules, and behind them the ROM, if there is one.
 pub(crate) fn machine(
     built: &Hosting,
-    rom: Option<&Path>,
+    rom: GuestRom<'_>,
     mode: Mode,
     paging: Paging,
     mut modules: Vec<Module>,
 ) -> Machine {
-    if mode != Mode::Trap {
-        modules.push(Module::new(rom.unwrap_or(&built.reference), ""));
-    }
+    let rom = match (rom, mode) {
+        (GuestRom::None, _) | (GuestRom::Ours, Mode::Trap) => None,
+        (GuestRom::Ours, _) => Some(built.reference.as_path()),
+        (GuestRom::File(file), _) => Some(file),
+    };
+    modules.extend(rom.map(|rom| Module::new(rom, "")));
     Machine {
         memory: 512,
         kernel: Some(built.hypervisor.clone()),
@@ -182,6 +196,8 @@ impl Setup<'_> {
     pub fn machine(&self, task: Task) -> Machine {
         let Supply { built, rom, limit } = self.supply;
         let guest = Module::new(&built.guest, task.words());
+        // In that mode the guest is to try what is linked into it.
+        let rom = rom.filter(|_| self.mode != Mode::Trap).map_or(GuestRom::Ours, GuestRom::File);
         Machine {
             // The guest tests Reboot.
             no_reboot: task != Task::Conformance,

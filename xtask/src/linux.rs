@@ -5,7 +5,7 @@ pub mod vmi;
 
 use crate::artifacts::Hosting;
 use crate::build::{self, Tools};
-use crate::hypervisor::{self, End, Mode, Paging, Watched};
+use crate::hypervisor::{self, End, GuestRom, Mode, Paging, Watched};
 use crate::qemu::{Attachment, Machine, Module, Outcome, Run};
 use crate::trace::Record;
 use anyhow::Result;
@@ -126,8 +126,8 @@ pub enum Below<'a> {
     Hypervisor {
         /// It and its ROM.
         built: &'a Hosting,
-        /// Another image instead of ours.
-        rom: Option<&'a Path>,
+        /// The guest's.
+        rom: GuestRom<'a>,
         /// How it comes to know of changes in page tables.
         mode: Mode,
         /// How memory is translated.

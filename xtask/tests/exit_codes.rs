@@ -283,6 +283,23 @@ fn run_and_compare_refuse_what_is_no_kernel() {
 }
 
 #[test]
+fn run_refuses_to_leave_the_rom_out_where_it_is_wanted() {
+    for (words, why) in [
+        ("run --rom none", "--no-rom"),
+        ("run --on reference --rom none", "--no-rom"),
+        ("run --costs --kernel FILE --rom none", "nothing to compare"),
+        ("run --on reference --mode vmi-batched --kernel FILE --rom none", "--mode trap"),
+    ] {
+        let line: Vec<&str> = words.split(' ').collect();
+        let line: Vec<_> = line.iter().map(|word| word as &dyn AsRef<std::ffi::OsStr>).collect();
+        let output = run(&line);
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        let said = text(&output.stderr);
+        assert!(said.starts_with("error: --rom none") && said.contains(why), "{words}: {said}");
+    }
+}
+
+#[test]
 fn run_and_compare_refuse_what_is_no_rom() {
     let (_folder, unreadable) = unreadable();
     let is_plain = |words: &str| {

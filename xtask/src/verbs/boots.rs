@@ -2,7 +2,7 @@
 
 use crate::artifacts;
 use crate::build::Tools;
-use crate::hypervisor::{self, End, Mode, PREFIX, Paging};
+use crate::hypervisor::{self, End, GuestRom, Mode, PREFIX, Paging};
 use crate::inspect::Rom;
 use crate::inspect::source::kernel::{HEAD, is_kernel};
 use crate::linux::{self, Below, Boot, Booted};
@@ -65,17 +65,27 @@ pub(super) fn is_a_rom(file: &Path) -> Result<()> {
 /// What a kernel is booted on.
 #[derive(Clone, Copy)]
 pub(super) enum On<'a> {
-    /// The machine, with these processors.
-    Machine { cpu: &'a str, processors: u32 },
-    /// The reference hypervisor.
-    Hypervisor(Mode),
+    /// The machine, with this ROM and these processors.
+    Machine { rom: Option<&'a Path>, cpu: &'a str, processors: u32 },
+    /// The reference hypervisor, which gives it this ROM.
+    Hypervisor(Mode, GuestRom<'a>),
+}
+
+/// The hypervisor in several modes. `trap` beside others is what these are compared with, so a ROM is for it alone only.
+pub(super) fn in_modes<'a>(modes: &[Mode], rom: GuestRom<'a>) -> Vec<On<'a>> {
+    let on = |mode: &Mode| match rom {
+        GuestRom::File(_) if *mode == Mode::Trap && modes.len() > 1 => {
+            On::Hypervisor(*mode, GuestRom::None)
+        }
+        rom => On::Hypervisor(*mode, rom),
+    };
+    modes.iter().map(on).collect()
 }
 
 /// What is booted, and what is wanted of it.
 pub(super) struct Order<'a> {
     pub(super) kernel: &'a Path,
     pub(super) guest: &'a GuestOptions,
-    pub(super) rom: Option<&'a Path>,
     /// One boot on each.
     pub(super) on: Vec<On<'a>>,
     pub(super) paging: Paging,
@@ -164,13 +174,13 @@ pub(super) fn boot_all(findings: &Findings, order: &Order<'_>) -> Result<ExitCod
     for on in &order.on {
         let name = match on {
             On::Machine { .. } => "no hypervisor",
-            On::Hypervisor(mode) => mode.name(),
+            On::Hypervisor(mode, _) => mode.name(),
         };
         let progress = Progress::start(format!("booting {}, {name}", build::shown(kernel)));
-        let (rom, paging) = (order.rom, order.paging);
+        let paging = order.paging;
         let below = match *on {
-            On::Machine { cpu, processors } => Below::Machine { rom, cpu, processors },
-            On::Hypervisor(mode) => Below::Hypervisor { built: &built, rom, mode, paging },
+            On::Machine { rom, cpu, processors } => Below::Machine { rom, cpu, processors },
+            On::Hypervisor(mode, rom) => Below::Hypervisor { built: &built, rom, mode, paging },
         };
         let mut boot = Boot::tests(&built.emulator, kernel, &initrd, below);
         boot.append = &guest.append;

@@ -1,7 +1,7 @@
 //! `cargo xtask compare`.
 
-use super::boots::{self, GuestOptions, On, Order};
-use crate::hypervisor::{Mode, Paging};
+use super::boots::{self, GuestOptions, Order};
+use crate::hypervisor::{GuestRom, Mode, Paging};
 use crate::toolchain::Need;
 use anyhow::Result;
 use std::path::PathBuf;
@@ -19,7 +19,7 @@ pub struct Args {
     kernel: PathBuf,
     #[command(flatten)]
     guest: GuestOptions,
-    /// Use this ROM instead of ours.
+    /// Use this ROM instead of ours, where the mode is by calls into one.
     #[arg(long, value_name = "FILE")]
     rom: Option<PathBuf>,
     /// The hypervisor's paging.
@@ -53,8 +53,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let order = Order {
         kernel: &args.kernel,
         guest: &args.guest,
-        rom: args.rom.as_deref(),
-        on: Mode::ALL.map(On::Hypervisor).to_vec(),
+        on: boots::in_modes(&Mode::ALL, args.rom.as_deref().map_or(GuestRom::Ours, GuestRom::File)),
         paging: args.paging,
         limit: Duration::from_secs(args.limit),
         trace: args.trace.as_deref(),

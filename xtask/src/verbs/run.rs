@@ -18,7 +18,8 @@ use crate::toolchain::Need;
 use crate::verbs::boots::{self, shows};
 use anyhow::{Result, bail};
 use options::Host;
-use std::path::PathBuf;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -30,9 +31,9 @@ use std::time::Duration;
 #[derive(Debug, clap::Args)]
 #[command(after_help = options::help())]
 pub struct Args {
-    /// Try this ROM instead of ours, of any revision that there are kernels for.
+    /// Try this ROM instead of ours, of any revision that there are kernels for. For Linux `none` is no ROM.
     #[arg(long, value_name = "FILE")]
-    rom: Option<PathBuf>,
+    rom: Option<RomChoice>,
     /// Try no ROM but the native backend that is linked into the guest.
     #[arg(long, conflicts_with_all = ["rom", "bar"])]
     no_rom: bool,
@@ -78,10 +79,31 @@ pub struct Args {
 }
 
 impl Args {
+    /// The file that `--rom` names.
+    fn rom_file(&self) -> Option<&Path> {
+        match &self.rom {
+            Some(RomChoice::File(file)) => Some(file),
+            Some(RomChoice::None) | None => None,
+        }
+    }
+
     /// How long each boot may take.
     fn limit(&self) -> Duration {
         let is_long = self.reference.on.is_some() || self.linux.kernel.is_some();
         Duration::from_secs(self.limit.unwrap_or(if is_long { 300 } else { 60 }))
+    }
+}
+
+/// What `--rom` says.
+#[derive(Clone, Debug)]
+enum RomChoice {
+    None,
+    File(PathBuf),
+}
+
+impl From<OsString> for RomChoice {
+    fn from(word: OsString) -> Self {
+        if word == "none" { Self::None } else { Self::File(word.into()) }
     }
 }
 
@@ -114,7 +136,7 @@ fn subjects(args: &Args, built: &Artifacts) -> Result<Vec<Subject>> {
     if args.no_rom {
         return Ok(vec![Subject { rom: None, client }]);
     }
-    let roms = match (&args.rom, client) {
+    let roms: Vec<&Path> = match (args.rom_file(), client) {
         (Some(rom), _) => vec![rom],
         (None, Client::CopiedSlots) => vec![&built.slots_13_0],
         (None, Client::PointerTable) => vec![&built.slots_13_3],
@@ -122,9 +144,9 @@ fn subjects(args: &Args, built: &Artifacts) -> Result<Vec<Subject>> {
         (None, Client::Lookup) => vec![&built.native, &built.call],
     };
     let way = if args.bar { Attachment::PciRomBar } else { Attachment::OptionRom };
-    let subject = |rom: &PathBuf| {
+    let subject = |rom: &Path| {
         let client = args.client.map_or_else(|| Client::of_rom(rom), Ok)?;
-        Ok(Subject { rom: Some(way(rom.clone())), client })
+        Ok(Subject { rom: Some(way(rom.to_owned())), client })
     };
     roms.into_iter().map(subject).collect()
 }
@@ -135,8 +157,15 @@ fn subjects(args: &Args, built: &Artifacts) -> Result<Vec<Subject>> {
 ///
 /// Something is missing, the build fails, or QEMU does not start.
 pub fn run(args: &Args) -> Result<ExitCode> {
-    if let Some(rom) = &args.rom {
-        boots::is_a_rom(rom)?;
+    match &args.rom {
+        Some(RomChoice::File(rom)) => boots::is_a_rom(rom)?,
+        Some(RomChoice::None) if args.linux.kernel.is_none() => {
+            bail!("--rom none is for Linux; the test guest takes --no-rom")
+        }
+        Some(RomChoice::None) if args.costs => {
+            bail!("--rom none leaves nothing to compare: --costs boots without a ROM anyway")
+        }
+        Some(RomChoice::None) | None => {}
     }
     let findings = super::setup::provide(Need::RUN)?;
     match (args.reference.on, &args.linux.kernel) {

@@ -23,7 +23,7 @@ use std::process::ExitCode;
 pub(super) fn run(findings: &Findings, all: &super::Args) -> Result<ExitCode> {
     let xen = crate::verbs::setup::xen(all.reference.xen)?;
     let built = artifacts::build_hosting(findings)?;
-    let rom = all.rom.as_deref().unwrap_or(&built.hypervisors);
+    let rom = all.rom_file().unwrap_or(&built.hypervisors);
     let limit = all.limit();
     let supply = Supply { built: &built, rom: Some(rom), limit };
     let mut tried = Vec::new();

@@ -88,7 +88,7 @@ pub(super) fn of_linux(findings: &Findings, all: &Args, kernel: &Path) -> Result
         }
         Ok(booted)
     };
-    let roms = match &all.rom {
+    let roms: Vec<&Path> = match all.rom_file() {
         Some(rom) => vec![rom],
         None => vec![&built.native, &built.fastest, &built.call],
     };
@@ -101,7 +101,7 @@ pub(super) fn of_linux(findings: &Findings, all: &Args, kernel: &Path) -> Result
         if !booted.run.serial.contains("VMI") {
             anstream::eprintln!("{name}: the kernel says nothing of VMI; it may have no client");
         }
-        tried.push(WithRom { name, rom: rom.clone(), booted, costs });
+        tried.push(WithRom { name, rom: rom.to_owned(), booted, costs });
     }
     if all.json {
         println!("{}", serde_json::to_string_pretty(&json(kernel, &without, &tried))?);

@@ -1,8 +1,10 @@
 //! `cargo xtask run --kernel`.
 
+use super::RomChoice;
+use crate::hypervisor::GuestRom;
 use crate::toolchain::Findings;
 use crate::verbs::boots::{self, GuestOptions, On, Order};
-use anyhow::Result;
+use anyhow::{Result, bail};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -23,14 +25,22 @@ pub(super) struct LinuxOptions {
 ///
 /// As [`boots::boot_all`].
 pub(super) fn run(findings: &Findings, all: &super::Args, kernel: &Path) -> Result<ExitCode> {
-    let on = match all.reference.on {
-        Some(_) => all.reference.modes().into_iter().map(On::Hypervisor).collect(),
-        None => vec![On::Machine { cpu: &all.cpu, processors: all.processors }],
+    let (rom, cpu, processors) = (all.rom_file(), &*all.cpu, all.processors);
+    let on = match (all.reference.on, &all.rom) {
+        (Some(_), Some(RomChoice::None)) => match all.reference.modes_without_rom() {
+            Some(modes) => boots::in_modes(&modes, GuestRom::None),
+            None => {
+                bail!("--rom none goes with --mode trap: the other modes are by calls into a ROM")
+            }
+        },
+        (Some(_), _) => {
+            boots::in_modes(&all.reference.modes(), rom.map_or(GuestRom::Ours, GuestRom::File))
+        }
+        (None, _) => vec![On::Machine { rom, cpu, processors }],
     };
     let order = Order {
         kernel,
         guest: &all.linux.guest,
-        rom: all.rom.as_deref(),
         on,
         paging: all.reference.paging,
         limit: all.limit(),

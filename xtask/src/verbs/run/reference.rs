@@ -71,6 +71,11 @@ impl Options {
         }
     }
 
+    /// The modes of a guest that is to have no ROM.
+    pub(super) fn modes_without_rom(&self) -> Option<Vec<Mode>> {
+        matches!(self.mode, Modes::Trap | Modes::All).then(|| vec![Mode::Trap])
+    }
+
     pub(super) fn task(&self) -> Task {
         match (self.workload, self.hostile, self.end) {
             (true, ..) => Task::Workload,
@@ -90,7 +95,7 @@ pub(super) fn run(findings: &Findings, all: &super::Args) -> Result<ExitCode> {
     let args = &all.reference;
     let trace = TraceFile::create(args.trace.as_deref())?;
     let built = artifacts::build_hosting(findings)?;
-    let supply = Supply { built: &built, rom: all.rom.as_deref(), limit: all.limit() };
+    let supply = Supply { built: &built, rom: all.rom_file(), limit: all.limit() };
     let mut runs = Vec::new();
     for mode in args.modes() {
         let progress = Progress::start(format!("running the guest, mode {}", mode.name()));

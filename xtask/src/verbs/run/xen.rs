@@ -25,14 +25,14 @@ const LAST_LINES: usize = 24;
 pub(super) fn run(findings: &Findings, all: &super::Args) -> Result<ExitCode> {
     let xen = crate::verbs::setup::xen(all.reference.xen)?;
     let built = artifacts::build_hosting(findings)?;
-    let supply = Supply { built: &built, rom: all.rom.as_deref(), limit: all.limit() };
+    let supply = Supply { built: &built, rom: all.rom_file(), limit: all.limit() };
     let setup = Setup { supply, xen: &xen, costs: all.costs };
     let progress = Progress::start(format!("running the guest on Xen {}", xen.version));
     let hosted = setup.run(shows(all.verbose, &progress))?;
     drop(progress);
 
     let complaint = hosted.complaint();
-    let rom = all.rom.clone().unwrap_or_else(|| built.hypervisors.clone());
+    let rom = all.rom_file().unwrap_or(&built.hypervisors).to_owned();
     let subject = Subject { rom: Some(Attachment::OptionRom(rom)), client: Client::Lookup };
     let last = hosted.last_lines(LAST_LINES).join("\n    ");
     let tried = [Tried { complaint, ..Tried::of(&subject, hosted.conformance) }];
