@@ -139,9 +139,13 @@ fn the_same_kernel_runs_under_kvm_and_its_exits_are_counted() -> Result<()> {
     let host = kvm::Host::build(&Findings::gather())?;
     let kernel = debian::kernel(Flavour::I686)?;
     let guest = kvm::Guest::tests(&kernel, initramfs()?, Paging::Shadow);
-    // Beside machines whose processors have a host thread each, it is slow.
-    let limit = 3 * guest.limit;
-    let hosted = host.run(&kvm::Guest { append: "-- only=fork", limit, ..guest }, |_| {})?;
+    let guest = kvm::Guest { append: "-- only=fork", ..guest };
+    let mut hosted = host.run(&guest, |_| {})?;
+    // Seen once: the host's kernel comes to its first program and no further. Neither is ours, so that is tried again.
+    if matches!(hosted.run.outcome, Outcome::TimedOut { .. }) {
+        println!("once more: {}\n{}", hosted.run.outcome, hosted.run.last_lines());
+        hosted = host.run(&guest, |_| {})?;
+    }
     let run = &hosted.run;
     ensure!(
         hosted.passed(),
