@@ -152,6 +152,13 @@ pub enum GuestRom<'a> {
     File(&'a Path),
 }
 
+impl<'a> From<Option<&'a Path>> for GuestRom<'a> {
+    /// An image that is wanted instead of ours.
+    fn from(file: Option<&'a Path>) -> Self {
+        file.map_or(Self::Ours, Self::File)
+    }
+}
+
 /// A machine that starts the hypervisor: the guest's modules, and behind them the ROM, if there is one.
 pub(crate) fn machine(
     built: &Hosting,
@@ -197,14 +204,14 @@ impl Setup<'_> {
         let Supply { built, rom, limit } = self.supply;
         let guest = Module::new(&built.guest, task.words());
         // In that mode the guest is to try what is linked into it.
-        let rom = rom.filter(|_| self.mode != Mode::Trap).map_or(GuestRom::Ours, GuestRom::File);
+        let rom = rom.filter(|_| self.mode != Mode::Trap);
         Machine {
             // The guest tests Reboot.
             no_reboot: task != Task::Conformance,
             // Where time is steady, QEMU gives up on a page table that lies on a device.
             steady_time: !matches!(task, Task::Hostile | Task::End(Fate::DeviceTables)),
             limit,
-            ..machine(built, rom, self.mode, self.paging, vec![guest])
+            ..machine(built, rom.into(), self.mode, self.paging, vec![guest])
         }
     }
 

@@ -1,7 +1,7 @@
 //! `cargo xtask compare`.
 
 use super::boots::{self, GuestOptions, Order};
-use crate::hypervisor::{GuestRom, Mode, Paging};
+use crate::hypervisor::{Mode, Paging};
 use crate::toolchain::Need;
 use anyhow::Result;
 use std::path::PathBuf;
@@ -53,7 +53,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let order = Order {
         kernel: &args.kernel,
         guest: &args.guest,
-        on: boots::in_modes(&Mode::ALL, args.rom.as_deref().map_or(GuestRom::Ours, GuestRom::File)),
+        on: boots::in_modes(&Mode::ALL, args.rom.as_deref().into()),
         paging: args.paging,
         limit: Duration::from_secs(args.limit),
         trace: args.trace.as_deref(),

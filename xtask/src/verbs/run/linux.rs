@@ -33,9 +33,7 @@ pub(super) fn run(findings: &Findings, all: &super::Args, kernel: &Path) -> Resu
                 bail!("--rom none goes with --mode trap: the other modes are by calls into a ROM")
             }
         },
-        (Some(_), _) => {
-            boots::in_modes(&all.reference.modes(), rom.map_or(GuestRom::Ours, GuestRom::File))
-        }
+        (Some(_), _) => boots::in_modes(&all.reference.modes(), rom.into()),
         (None, _) => vec![On::Machine { rom, cpu, processors }],
     };
     let order = Order {
