@@ -41,7 +41,7 @@
 //! not be written directly until a flush. That is the guest's part of the interface.
 
 use crate::backend::{Backend, Failure, InterruptMask, Reason, Refusal};
-use crate::reference::interface::{MAP_WORDS, SHOWN_BYTES};
+use crate::reference::interface::{DIRECTORIES, MAP_WORDS, SHOWN_BYTES};
 use crate::update::{Role, Update};
 use core::cell::Cell;
 use core::mem::offset_of;
@@ -127,8 +127,8 @@ pub struct Queue<const CAPACITY: usize> {
 pub struct Shown {
     /// Their frames, a bit for each remainder of their numbers.
     pub map: [Cell<u32>; MAP_WORDS],
-    /// What CR3 holds.
-    pub root: Cell<u32>,
+    /// The directories that the processor walks, each with [`PRESENT`]; 0: none.
+    pub directories: [Cell<u32>; DIRECTORIES],
 }
 
 const _: () = assert!(size_of::<Shown>() == SHOWN_BYTES as usize);
@@ -158,7 +158,10 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
             count: Cell::new(0),
             applied: Cell::new(0),
             stopped: Cell::new(0),
-            shown: Shown { map: [const { Cell::new(0) }; MAP_WORDS], root: Cell::new(0) },
+            shown: Shown {
+                map: [const { Cell::new(0) }; MAP_WORDS],
+                directories: [const { Cell::new(0) }; DIRECTORIES],
+            },
             updates: [const { Cell::new(Update::ZERO) }; CAPACITY],
         }
     }
@@ -243,11 +246,18 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
         let frame = update.address / 4096;
         let is_shadowed =
             self.shown.map[frame as usize / 32 % MAP_WORDS].get() >> (frame % 32) & 1 != 0;
-        // The processor walks one directory of 1,024 entries, the one that CR3 holds.
-        let is_directory =
-            update.call == number::UpdatePxE && update.high & EntryFlags::PD.bits() != 0;
-        let is_other = (update.address ^ self.shown.root.get()) & PAGE != 0;
-        is_shadowed && !(is_directory && is_other)
+        let is_of_other_directory =
+            || update.high & EntryFlags::PD.bits() != 0 && self.directory_maps(update).is_none();
+        is_shadowed && !is_of_other_directory()
+    }
+
+    /// The first linear address that an entry is for, if it is one of a directory that the processor walks.
+    fn directory_maps(&self, update: &Update) -> Option<u32> {
+        let directory = update.address & PAGE | PRESENT;
+        let gibibyte = self.shown.directories.iter().position(|shown| shown.get() == directory)?;
+        // An entry of 4 bytes is for 4 MiB, one of 8 for 2 MiB.
+        let shift = if update.call == number::UpdatePxELong { 18 } else { 20 };
+        Some((gibibyte as u32) << 30 | (update.address & !PAGE) << shift)
     }
 
     /// Whether an entry of such a table waits whose note has one of these bits, and that `concerns`.
@@ -284,11 +294,13 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
         }
     }
 
-    /// Whether flags of an entry say that it maps a page of a program's in the current space. There a kernel bears a page fault that its
-    /// tables do not have: it finds nothing to do, and goes on.
+    /// Whether an entry is for a program's addresses in the current space: by the guest's flags, or by its place in a directory. There a
+    /// kernel bears a page fault that its tables do not have: it finds nothing to do, and goes on.
     #[inline(always)]
-    fn is_borne(&self, flags: u32) -> bool {
-        flags & CURRENT_USED != 0 && (flags < self.kernel.get() || faulty!(KernelsBearAll))
+    fn is_borne(&self, update: &Update) -> bool {
+        let is_page = update.high & CURRENT_USED != 0;
+        let linear = if is_page { Some(update.high) } else { self.directory_maps(update) };
+        linear.is_some_and(|linear| linear < self.kernel.get() || faulty!(KernelsBearAll))
     }
 
     /// Whether the hypervisor leaves the guest its page faults now.
@@ -324,14 +336,14 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
     /// Flushes unless the update that was taken last may wait, which tells that an entry is present. Interrupts are off.
     ///
     /// Two kinds may not. Where the guest maps the page of its last page fault, it is about to use the page, and to be told at once costs no
-    /// more than the next page fault. And where the hypervisor leaves the guest its page faults, there may be none to be told by, but that
-    /// of a program's page, which the guest bears.
+    /// more than the next page fault. And where the hypervisor leaves the guest its page faults, there may be none to be told by, but those
+    /// at a program's addresses, which the guest bears.
     pub fn settle(&self, backend: &impl Backend) {
         let last = self.count.get().wrapping_sub(1);
         let Some(update) = self.updates.get(last as usize).map(Cell::get) else { return };
         let is_about_to =
             update.high & CURRENT_USED != 0 && (update.high ^ self.fault.get()) & PAGE == 0;
-        let is_owed = self.is_in_use(&update) && !self.is_borne(update.high);
+        let is_owed = self.is_in_use(&update) && !self.is_borne(&update);
         if (is_about_to || is_owed) && !faulty!(PresentWaits) {
             self.drain(backend);
         }
@@ -380,7 +392,7 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
             let is_missed = self.is_late()
                 && self.used_from.get() == NONE_USED
                 && mode != LazyMode::MMU
-                && self.is_missed(PRESENT, |update| !self.is_borne(update.high))
+                && self.is_missed(PRESENT, |update| !self.is_borne(update))
                 && !faulty!(PresentWaitsBeyondTheMode);
             if (leaves || is_off) && is_due || is_missed {
                 self.drain(backend);

@@ -359,9 +359,24 @@ fn without_the_section_an_interrupt_is_lost_or_loses() {
     assert!(Fault::InterruptsStayOn.within(|| (0..40).any(lost)));
 }
 
-/// Whether it takes a hypercall to tell late that an entry became present, with flags of the guest's and a queue that was prepared.
+/// The table that [`told_at_once`] is about, as a directory that is shown.
+const DIRECTORY: u32 = 0x5001;
+
+const CALLS: [fn(u32, u32) -> Update; 2] = [Update::UpdatePxE, Update::UpdatePxELong];
+
+/// Page faults are quiet, all tables matter, and the processor walks these directories.
+fn shown(directories: [u32; DIRECTORIES]) -> impl Fn(&Queue<8>, &Always) {
+    move |queue, _| {
+        queue.shown().map.iter().for_each(|word| word.set(!0));
+        queue.shown().directories.iter().zip(directories).for_each(|(word, is)| word.set(is));
+    }
+}
+
+/// Whether it takes a hypercall to tell late that an entry of a table became present, with flags of the guest's and a queue that was
+/// prepared.
 fn told_at_once(
     call: fn(u32, u32) -> Update,
+    offset: u32,
     flags: u32,
     prepare: impl Fn(&Queue<8>, &Always),
 ) -> bool {
@@ -370,7 +385,7 @@ fn told_at_once(
     queue.tell_late(true, 0xc000_0000);
     prepare(&queue, &backend);
     let before = backend.1.get();
-    let update = Update { low: PRESENT, high: flags, ..call(0x5000, 0) };
+    let update = Update { low: PRESENT, high: flags, ..call(DIRECTORY - PRESENT + offset, 0) };
     let (settle, flush) = (|| queue.settle(&backend), || queue.flush(&backend));
     queue.submit_late(&backend, update, PRESENT, settle, flush);
     backend.1.get() > before
@@ -380,7 +395,7 @@ fn told_at_once(
 fn what_is_about_to_be_used_is_told_at_once() {
     let current = |linear: u32| linear | EntryFlags::CURRENT_AS.bits();
     let after_fault = |queue: &Queue<8>, backend: &Always| queue.fault(backend, 0x1234, || ());
-    let told = |flags| told_at_once(Update::UpdatePxE, flags, after_fault);
+    let told = |flags| told_at_once(Update::UpdatePxE, 0, flags, after_fault);
     assert!(told(current(0x1000)));
     assert!(!told(current(0x2000)));
     // Of another space, and nobody has made anything of the table.
@@ -389,18 +404,32 @@ fn what_is_about_to_be_used_is_told_at_once() {
 
 #[test]
 fn only_the_directory_that_is_loaded_is_in_use() {
-    let shown = |root: u32| {
-        move |queue: &Queue<8>, _: &Always| {
-            queue.shown().map.iter().for_each(|word| word.set(!0));
-            queue.shown().root.set(root);
-        }
-    };
     let directory = EntryFlags::PD.bits();
-    assert!(told_at_once(Update::UpdatePxE, directory, shown(0x5018)));
-    assert!(!told_at_once(Update::UpdatePxE, directory, shown(0x6018)));
-    // A page table may be one of any directory's, and with entries of 64 bits CR3 leads to four directories.
-    assert!(told_at_once(Update::UpdatePxE, EntryFlags::PT.bits(), shown(0x6018)));
-    assert!(told_at_once(Update::UpdatePxELong, directory, shown(0x6018)));
+    for call in CALLS {
+        assert!(told_at_once(call, 0xff8, directory, shown([0, 0, 0, DIRECTORY])));
+        assert!(!told_at_once(call, 0xff8, directory, shown([0x6001, 0, 0, 0])));
+        // A page table may be one of any directory's.
+        assert!(told_at_once(call, 0xff8, EntryFlags::PT.bits(), shown([0x6001, 0, 0, 0])));
+    }
+}
+
+#[test]
+fn directories_wait_where_programs_are() {
+    // The kernel's own addresses begin at entry 768 of 1,024, and at entry 0 of the fourth directory of 512. The guest's flags are not asked.
+    for flags in [EntryFlags::PT.bits(), EntryFlags::PD.bits()] {
+        let two_levels = |entry: u32| {
+            told_at_once(Update::UpdatePxE, 4 * entry, flags, shown([DIRECTORY, 0, 0, 0]))
+        };
+        assert_eq!([0, 767, 768, 1023].map(two_levels), [false, false, true, true]);
+        for gibibyte in 0..4 {
+            let mut directories = [0x6001; DIRECTORIES];
+            directories[gibibyte] = DIRECTORY;
+            let pae = |entry: u32| {
+                told_at_once(Update::UpdatePxELong, 8 * entry, flags, shown(directories))
+            };
+            assert_eq!([0, 511].map(pae), [gibibyte == 3; 2]);
+        }
+    }
 }
 
 /// A backend that always gives the same answer.

@@ -58,8 +58,12 @@ pub const BATCH_LIMIT: u32 = 128;
 /// Words of the map that [`Hypercall::BeQuiet`] names.
 pub const MAP_WORDS: usize = 32;
 
-/// Bytes of it, and of a word behind it for what CR3 holds.
-pub const SHOWN_BYTES: u32 = 4 * MAP_WORDS as u32 + 4;
+/// Words behind it: the directories that the processor walks. One with entries of 32 bits, with PAE up to one for each gibibyte, in their
+/// order. A physical address with bit 0 set; 0: none.
+pub const DIRECTORIES: usize = 4;
+
+/// Bytes of both.
+pub const SHOWN_BYTES: u32 = 4 * (MAP_WORDS + DIRECTORIES) as u32;
 
 /// A hypercall's number, in EAX at VMMCALL.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,7 +78,7 @@ pub enum Hypercall {
     /// Ends the guest with a message. EBX: physical address of the text, ECX: its bytes. Does not return but on an error.
     Stop = 3,
     /// From here on the guest's own page faults may be quiet, and changes of the tables that CR3 leads to are told. EBX: physical address of
-    /// the map and the word behind it, a multiple of 4; ECX: their bytes, [`SHOWN_BYTES`], within one page; 0: none of it holds any longer.
+    /// the map and the words behind it, a multiple of 4; ECX: their bytes, [`SHOWN_BYTES`], within one page; 0: none of it holds any longer.
     BeQuiet = 4,
     /// A page fault came again whose cause the guest has seen to. EBX: its linear address, of which what is known is read again. Page
     /// faults are not quiet until the next [`Hypercall::Apply`].

@@ -172,7 +172,8 @@ impl<M: Memory, H: Fn(u64) -> bool> Machine<'_, '_, M, H> {
         quiet.is_shown = quiet.now;
         let mut words = [0; SHOWN_BYTES as usize / 4];
         if quiet.now {
-            let shown = shadow.map().chain([self.registers.cr3]);
+            let directories = Shadow::directories(self.registers, self.memory);
+            let shown = shadow.map().chain(directories);
             words.iter_mut().zip(shown).for_each(|(word, value)| *word = value);
         }
         for (address, word) in (u64::from(address)..).step_by(4).zip(words) {

@@ -33,7 +33,7 @@ use crate::walk::{
 };
 use core::iter::successors;
 use core::ops::Range;
-use vmi_hv_backend::reference::interface::MAP_WORDS;
+use vmi_hv_backend::reference::interface::{DIRECTORIES, MAP_WORDS};
 
 /// Entries of a shadow table.
 const ENTRIES: usize = 512;
@@ -637,6 +637,17 @@ impl Shadow<'_> {
         self.marks
             .chunks(32)
             .map(|marks| marks.iter().rev().fold(0, |word, mark| word << 1 | u32::from(*mark != 0)))
+    }
+
+    /// The guest's directories that the processor walks the shadows of, as [`DIRECTORIES`] has them.
+    pub fn directories(registers: &Registers, memory: &impl Memory) -> [u32; DIRECTORIES] {
+        core::array::from_fn(|quarter| {
+            let key = Self::directory(registers, memory, quarter);
+            // With entries of 32 bits it is one directory for all of them.
+            let is_first = |key: &Key| key.part == 0;
+            let address = key.filter(is_first).map(|key| (key.frame * FRAME) | PRESENT);
+            address.and_then(|address| address.try_into().ok()).unwrap_or(0)
+        })
     }
 }
 

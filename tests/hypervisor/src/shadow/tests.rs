@@ -625,6 +625,18 @@ fn pointers_are_followed_when_they_are_told() {
 }
 
 #[test]
+fn directories_are_those_that_the_processor_walks() {
+    let shown = |world: &World| Shadow::directories(&world.registers, &world.ram);
+    assert_eq!(shown(&world(false)), [FRAME as u32 | 1, 0, 0, 0]);
+    let world = world(true);
+    world.ram.put(3 * 8, 8, (3 * FRAME) | PRESENT);
+    // Reserved bits, and beyond what a word holds.
+    world.ram.put(8, 8, (4 * FRAME) | OPEN);
+    world.ram.put(2 * 8, 8, (1 << 32) | PRESENT);
+    assert_eq!(shown(&world), [FRAME as u32 | 1, 0, 0, (3 * FRAME) as u32 | 1]);
+}
+
+#[test]
 fn a_told_entry_is_filled_in_if_it_was_accessed() {
     for pae in [false, true] {
         let mut world = world(pae);

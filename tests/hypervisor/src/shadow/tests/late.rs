@@ -112,7 +112,8 @@ impl Host {
         quiet.now |= self.3 == Fault::QuietForAll;
         self.1.set(quiet);
         let shown = self.2.shown();
-        for (word, address) in shown.map.iter().chain([&shown.root]).zip((MAP * FRAME..).step_by(4))
+        for (word, address) in
+            shown.map.iter().chain(&shown.directories).zip((MAP * FRAME..).step_by(4))
         {
             let value = ram.read(address, 4).unwrap_or_default() as u32;
             word.set(if self.3 == Fault::MapStaysClear { 0 } else { value });
