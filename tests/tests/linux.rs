@@ -57,7 +57,7 @@ fn initramfs() -> Result<&'static Path> {
 /// Boots a kernel that gets these words besides, and wants it to pass its tests and to complain of nothing.
 fn pass(kernel: &Path, below: Below<'_>, append: &str) -> Result<Booted> {
     let emulator = &artifacts::ensure_hosting()?.emulator;
-    pass_boot(&Boot { append, ..Boot::tests(emulator, kernel, initramfs()?, below) })
+    pass_boot(&Boot { append: append.into(), ..Boot::tests(emulator, kernel, initramfs()?, below) })
 }
 
 /// The same, of any boot with our first program.
@@ -202,7 +202,7 @@ fn a_bad_frame_is_an_oops_where_sites_stay_calls() -> Result<()> {
         let below = Below::machine(Some(image));
         let kernel = vmi::Flavour::I686.kernel()?.path;
         let boot = Boot {
-            append: "-- only=frames",
+            append: "-- only=frames".into(),
             ..Boot::tests(&built.emulator, &kernel, initramfs()?, below)
         };
         let booted = boot.run(|_| {})?;
@@ -223,12 +223,11 @@ fn costs_of<const N: usize>(
     (cpu, processors): (&str, u32),
     images: [&Path; N],
 ) -> Result<[Vec<Cost>; N]> {
-    let (kernel, append) = (flavour.kernel()?.path, costs::append(""));
+    let kernel = flavour.kernel()?.path;
     let (emulator, initrd) = (&artifacts::ensure()?.emulator, initramfs()?);
     let boot = |rom| {
         let below = Below::Machine { rom, cpu, processors };
-        let tests = Boot::tests(emulator, &kernel, initrd, below);
-        pass_boot(&Boot { append: &append, steady_time: true, ..tests })
+        pass_boot(&costs::boot(Boot::tests(emulator, &kernel, initrd, below)))
     };
     let without = boot(None)?;
     let mut each = [const { Vec::new() }; N];
@@ -359,9 +358,8 @@ fn ended_by_kernel(word: &str) -> Result<Booted> {
     let (mode, paging) = (Mode::Trap, Paging::Nested);
     let below = Below::Hypervisor { built, rom: GuestRom::Ours, mode, paging };
     let kernel = debian::kernel(Flavour::I686)?;
-    let append = format!("-- only=fork end={word}");
     let mut boot = Boot::tests(&built.emulator, &kernel, initramfs()?, below);
-    (boot.append, boot.marker) = (&append, None);
+    (boot.append, boot.marker) = (format!("-- only=fork end={word}").into(), None);
     let booted = boot.run(|_| {})?;
     ensure!(
         booted.counters.is_some_and(|counters| counters.exits() > 0),
@@ -397,7 +395,7 @@ fn a_first_program_that_does_not_run_is_no_pass() -> Result<()> {
     std::fs::write(&initrd, linux::archive(b"not a program"))?;
     let kernel = debian::kernel(Flavour::I686)?;
     let mut boot = Boot::tests(&built.emulator, &kernel, &initrd, Below::machine(None));
-    boot.append = "panic=-1";
+    boot.append = "panic=-1".into();
     let booted = boot.run(|_| {})?;
     ensure!(booted.run.serial.contains("Kernel panic"), "{}", booted.last_lines());
     ensure!(!booted.passed(), "a kernel that panicked passes");

@@ -9,6 +9,7 @@ use crate::hypervisor::{self, End, GuestRom, Mode, Paging, Watched};
 use crate::qemu::{Attachment, Machine, Module, Outcome, Run};
 use crate::trace::Record;
 use anyhow::Result;
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use vmi_hv_backend::reference::interface::Counters;
@@ -162,7 +163,7 @@ pub struct Boot<'a> {
     /// The initramfs.
     pub initrd: &'a Path,
     /// More words for the kernel's command line; behind ` -- ` they are the first program's.
-    pub append: &'a str,
+    pub append: Cow<'a, str>,
     /// What lies below.
     pub below: Below<'a>,
     /// What the last line starts with; none if only the exit status counts.
@@ -185,7 +186,7 @@ impl<'a> Boot<'a> {
         below: Below<'a>,
     ) -> Self {
         let limit = Duration::from_secs(120);
-        let (append, marker, traced) = ("", Some(MARKER), false);
+        let (append, marker, traced) = ("".into(), Some(MARKER), false);
         let steady_time = !matches!(below, Below::Machine { processors: 2.., .. });
         Self { emulator, kernel, initrd, append, below, marker, limit, traced, steady_time }
     }

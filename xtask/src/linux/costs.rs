@@ -1,15 +1,21 @@
 //! What a kernel's operations cost, as our first program counts them, without a ROM and with one.
 
-use super::Booted;
+use super::{Boot, Booted};
 use crate::conformance::Cost;
 use crate::qemu::TICKS_PER_INSTRUCTION;
 use anyhow::{Context, Result, ensure};
 
-/// The command line's words with those for it: the kernel puts programs at the same addresses each time, and starts none of the
-/// machine's other processors, for instructions can be counted only if it waits for none. Behind two dashes our first program runs one
-/// of its tests and says what operations cost.
+/// A boot that says what operations cost, instead of one of the tests.
+///
+/// The kernel puts programs at the same addresses each time, and starts none of the machine's other processors, for instructions can be
+/// counted only if it waits for none.
 #[must_use]
-pub fn append(words: &str) -> String {
+pub fn boot(tests: Boot<'_>) -> Boot<'_> {
+    Boot { append: append(&tests.append).into(), steady_time: true, ..tests }
+}
+
+/// The command line's words with those for it. Behind two dashes our first program runs one of its tests and says what operations cost.
+fn append(words: &str) -> String {
     let dashes = if words.split_whitespace().any(|word| word == "--") { "" } else { "-- " };
     let space = if words.is_empty() { "" } else { " " };
     format!("norandmaps maxcpus=1 {words}{space}{dashes}only=pipe costs")

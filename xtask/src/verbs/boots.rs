@@ -183,7 +183,7 @@ pub(super) fn boot_all(findings: &Findings, order: &Order<'_>) -> Result<ExitCod
             On::Hypervisor(mode, rom) => Below::Hypervisor { built: &built, rom, mode, paging },
         };
         let mut boot = Boot::tests(&built.emulator, kernel, &initrd, below);
-        boot.append = &guest.append;
+        boot.append = guest.append.as_str().into();
         boot.limit = order.limit;
         boot.traced = trace.is_some();
         if guest.initrd.is_some() {

@@ -10,6 +10,7 @@ mod xen;
 
 use crate::artifacts::{self, Artifacts};
 use crate::conformance::{self, CallSummary, Client, Conformance, Subject};
+use crate::hypervisor::Mode;
 use crate::progress::Progress;
 use crate::qemu::{Attachment, Machine, Model, printable};
 use crate::table::{Align, BAD, Cell, DIM, GOOD, HEAD, Table};
@@ -87,6 +88,20 @@ impl Args {
         }
     }
 
+    /// Whether there is a run with `--rom none`.
+    fn may_have_no_rom(&self) -> Result<()> {
+        if self.linux.kernel.is_none() {
+            bail!("--rom none is for Linux; the test guest takes --no-rom");
+        }
+        if self.costs {
+            bail!("--rom none leaves nothing to compare: --costs boots without a ROM anyway");
+        }
+        if self.reference.on.is_some() && !self.reference.modes().contains(&Mode::Trap) {
+            bail!("--rom none goes with --mode trap: the other modes are by calls into a ROM");
+        }
+        Ok(())
+    }
+
     /// How long each boot may take.
     fn limit(&self) -> Duration {
         let is_long = self.reference.on.is_some() || self.linux.kernel.is_some();
@@ -159,13 +174,8 @@ fn subjects(args: &Args, built: &Artifacts) -> Result<Vec<Subject>> {
 pub fn run(args: &Args) -> Result<ExitCode> {
     match &args.rom {
         Some(RomChoice::File(rom)) => boots::is_a_rom(rom)?,
-        Some(RomChoice::None) if args.linux.kernel.is_none() => {
-            bail!("--rom none is for Linux; the test guest takes --no-rom")
-        }
-        Some(RomChoice::None) if args.costs => {
-            bail!("--rom none leaves nothing to compare: --costs boots without a ROM anyway")
-        }
-        Some(RomChoice::None) | None => {}
+        Some(RomChoice::None) => args.may_have_no_rom()?,
+        None => {}
     }
     let findings = super::setup::provide(Need::RUN)?;
     match (args.reference.on, &args.linux.kernel) {

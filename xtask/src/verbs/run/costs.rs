@@ -67,20 +67,14 @@ pub(super) fn of_linux(findings: &Findings, all: &Args, kernel: &Path) -> Result
     }
     let built = artifacts::build_all(findings)?;
     let initrd = guest.initramfs(findings)?;
-    let append = costs::append(&guest.append);
     let boot = |rom: Option<&Path>, name: &str| {
         let progress = Progress::start(format!("booting {}, {name}", build::shown(kernel)));
-        let boot = Boot {
-            append: &append,
+        let below = Below::Machine { rom, cpu: &all.cpu, processors: all.processors };
+        let boot = costs::boot(Boot {
+            append: guest.append.as_str().into(),
             limit: all.limit(),
-            steady_time: true,
-            ..Boot::tests(
-                &built.emulator,
-                kernel,
-                &initrd,
-                Below::Machine { rom, cpu: &all.cpu, processors: all.processors },
-            )
-        };
+            ..Boot::tests(&built.emulator, kernel, &initrd, below)
+        });
         let booted = boot.run(boots::shows(all.verbose, &progress))?;
         if let Some(complaint) = booted.complaint() {
             let (lines, command) = (booted.last_lines(), &booted.run.command);

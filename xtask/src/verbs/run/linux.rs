@@ -1,10 +1,10 @@
 //! `cargo xtask run --kernel`.
 
 use super::RomChoice;
-use crate::hypervisor::GuestRom;
+use crate::hypervisor::{GuestRom, Mode};
 use crate::toolchain::Findings;
 use crate::verbs::boots::{self, GuestOptions, On, Order};
-use anyhow::{Result, bail};
+use anyhow::Result;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -27,12 +27,7 @@ pub(super) struct LinuxOptions {
 pub(super) fn run(findings: &Findings, all: &super::Args, kernel: &Path) -> Result<ExitCode> {
     let (rom, cpu, processors) = (all.rom_file(), &*all.cpu, all.processors);
     let on = match (all.reference.on, &all.rom) {
-        (Some(_), Some(RomChoice::None)) => match all.reference.modes_without_rom() {
-            Some(modes) => boots::in_modes(&modes, GuestRom::None),
-            None => {
-                bail!("--rom none goes with --mode trap: the other modes are by calls into a ROM")
-            }
-        },
+        (Some(_), Some(RomChoice::None)) => boots::in_modes(&[Mode::Trap], GuestRom::None),
         (Some(_), _) => boots::in_modes(&all.reference.modes(), rom.into()),
         (None, _) => vec![On::Machine { rom, cpu, processors }],
     };

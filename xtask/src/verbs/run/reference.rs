@@ -71,11 +71,6 @@ impl Options {
         }
     }
 
-    /// The modes of a guest that is to have no ROM.
-    pub(super) fn modes_without_rom(&self) -> Option<Vec<Mode>> {
-        matches!(self.mode, Modes::Trap | Modes::All).then(|| vec![Mode::Trap])
-    }
-
     pub(super) fn task(&self) -> Task {
         match (self.workload, self.hostile, self.end) {
             (true, ..) => Task::Workload,
