@@ -22,7 +22,7 @@ mod update;
 pub mod xen;
 
 pub use backend::{Backend, Failure, InterruptMask, Reason, Refusal};
-pub use queue::{ATTEMPTS, Batch, CHANGED, Queue, Shown};
+pub use queue::{ATTEMPTS, Batch, CHANGED, LinearMapping, Queue, Shown};
 pub use update::{Role, Update};
 pub use vmi_abi::CallNumber;
 

@@ -108,8 +108,8 @@ pub struct Queue<const CAPACITY: usize> {
     /// The linear address of the last page fault that the guest looked at, and how often it has come again in a row.
     fault: Cell<u32>,
     repeats: Cell<u32>,
-    /// The first linear address of the kernel's own.
-    kernel: Cell<u32>,
+    /// The guest's memory, as it has it mapped for good. Programs are below.
+    memory: Cell<LinearMapping>,
     /// How many updates are in the queue.
     count: Cell<u32>,
     /// How many of them are applied already, from the front. Zero but for a flush, and after a stop.
@@ -133,6 +133,37 @@ pub struct Shown {
 
 const _: () = assert!(size_of::<Shown>() == SHOWN_BYTES as usize);
 
+/// Linear addresses at which the guest maps physical memory and never anything else: slot 0 of SetLinearMapping.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct LinearMapping {
+    /// The first of them.
+    pub linear: u32,
+    /// How many bytes.
+    pub bytes: u32,
+    /// The physical address of the first.
+    pub physical: u32,
+}
+
+impl LinearMapping {
+    const NOTHING: Self = Self { linear: 0, bytes: 0, physical: 0 };
+
+    /// Of so many pages, the first of which is this frame.
+    #[must_use]
+    pub const fn of_pages(linear: u32, pages: u32, frame: u32) -> Self {
+        const BYTES: u32 = !PAGE + 1;
+        let pages = if pages < u32::MAX / BYTES { pages } else { u32::MAX / BYTES };
+        Self { linear, bytes: pages * BYTES, physical: frame.wrapping_mul(BYTES) }
+    }
+
+    /// The physical address of what is mapped there.
+    #[inline(always)]
+    const fn physical(&self, linear: u32) -> Option<u32> {
+        let offset = linear.wrapping_sub(self.linear);
+        if offset < self.bytes { Some(self.physical.wrapping_add(offset)) } else { None }
+    }
+}
+
 impl<const CAPACITY: usize> Default for Queue<CAPACITY> {
     fn default() -> Self {
         Self::new()
@@ -154,7 +185,7 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
             used_from: Cell::new(0),
             fault: Cell::new(0),
             repeats: Cell::new(0),
-            kernel: Cell::new(0),
+            memory: Cell::new(LinearMapping::NOTHING),
             count: Cell::new(0),
             applied: Cell::new(0),
             stopped: Cell::new(0),
@@ -213,18 +244,25 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
             && !faulty!(BeginsAnewUntold)
     }
 
-    /// From here on the guest's memory holds each change of an entry before its update is taken, and changes may be told late; `quiet`: the
-    /// hypervisor may leave the guest its page faults. `kernel`: the first linear address of the kernel's own, below which programs are.
-    pub fn tell_late(&self, quiet: bool, kernel: u32) {
+    /// From here on the guest's memory holds each change of an entry [there](Queue::physical) before its update is taken, and changes may
+    /// be told late; `quiet`: the hypervisor may leave the guest its page faults. The kernel's own addresses begin with its memory.
+    pub fn tell_late(&self, quiet: bool, memory: LinearMapping) {
         self.late.set(if quiet { QUIET } else { LATE });
-        self.kernel.set(kernel);
+        self.memory.set(memory);
         self.enter(self.lazy_mode());
     }
 
     /// What [`Queue::tell_late`] began ends; nothing waits.
     pub fn tell_promptly(&self) {
         self.late.set(0);
+        self.memory.set(LinearMapping::NOTHING);
         self.enter(self.lazy_mode());
+    }
+
+    /// The physical address of an entry of which may be told late.
+    #[inline(always)]
+    pub fn physical(&self, entry: u32) -> Option<u32> {
+        self.memory.get().physical(entry)
     }
 
     /// Whether changes may be told late.
@@ -300,7 +338,7 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
     fn is_borne(&self, update: &Update) -> bool {
         let is_page = update.high & CURRENT_USED != 0;
         let linear = if is_page { Some(update.high) } else { self.directory_maps(update) };
-        linear.is_some_and(|linear| linear < self.kernel.get() || faulty!(KernelsBearAll))
+        linear.is_some_and(|linear| linear < self.memory.get().linear || faulty!(KernelsBearAll))
     }
 
     /// Whether the hypervisor leaves the guest its page faults now.

@@ -16,14 +16,13 @@
 
 use crate::granted::{DISTANCE, emit_entries, entries, granted};
 use core::arch::{asm, naked_asm};
-use core::cell::Cell;
 use core::mem::{MaybeUninit, offset_of};
 use core::ptr::{with_exposed_provenance, with_exposed_provenance_mut};
 use vmi_abi::flags::{EntryFlags, LazyMode};
 use vmi_abi::{CALLS_3_0, CallNumber, for_each_call, number};
 use vmi_hv_backend::reference::interface::{BATCH_LIMIT, GRANT_SIGNATURE, PHYSICAL};
 use vmi_hv_backend::reference::{Reference, cpuid};
-use vmi_hv_backend::{Backend, CHANGED, Queue, Role, Update, detect};
+use vmi_hv_backend::{Backend, CHANGED, LinearMapping, Queue, Role, Update, detect};
 use vmi_native_backend::calls as native;
 /// Names for the calls that have no entry here; where there is one, its name comes first.
 use vmi_native_backend::calls::*;
@@ -42,8 +41,6 @@ struct State {
     chosen: u32,
     /// What waits for it.
     queue: Queue<{ BATCH_LIMIT as usize }>,
-    /// Where the guest has its memory mapped for good.
-    direct: Direct,
     /// The backend, if one is chosen.
     transport: MaybeUninit<Transport>,
 }
@@ -59,24 +56,6 @@ const _: () = assert!(size_of::<State>() <= Reference::LIMIT as usize);
 const MEMORY: u32 = Reference::MEMORY;
 #[cfg(feature = "xen")]
 use vmi_hv_backend::xen::MEMORY;
-
-/// Linear addresses at which the guest maps physical memory and never anything else: slot 0 of SetLinearMapping. None before it says
-/// so, and none where nothing may be told late.
-#[repr(C)]
-struct Direct {
-    start: Cell<u32>,
-    bytes: Cell<u32>,
-    physical: Cell<u32>,
-}
-
-impl Direct {
-    /// The physical address of what is mapped there.
-    #[inline(always)]
-    fn physical(&self, linear: u32) -> Option<u32> {
-        let offset = linear.wrapping_sub(self.start.get());
-        (offset < self.bytes.get()).then(|| self.physical.get().wrapping_add(offset))
-    }
-}
 
 const _: () = assert!(MEMORY >= Reference::MEMORY);
 
@@ -136,7 +115,6 @@ extern "fastcall" fn choose(state: *mut State) {
 struct Chosen {
     transport: &'static Transport,
     queue: &'static Queue<{ BATCH_LIMIT as usize }>,
-    direct: &'static Direct,
 }
 
 /// The state of a backend that is chosen.
@@ -148,13 +126,7 @@ struct Chosen {
 unsafe fn chosen() -> Chosen {
     let state: *const State = granted();
     // SAFETY: the state of a backend that is chosen.
-    unsafe {
-        Chosen {
-            transport: (*state).transport.assume_init_ref(),
-            queue: &(*state).queue,
-            direct: &(*state).direct,
-        }
-    }
+    unsafe { Chosen { transport: (*state).transport.assume_init_ref(), queue: &(*state).queue } }
 }
 
 impl Chosen {
@@ -184,7 +156,7 @@ fn change(update: Update, told: CallNumber, store: impl FnOnce() -> [u32; 3]) {
     // SAFETY: as in `submit`.
     let chosen = unsafe { chosen() };
     let Update { address, flags, .. } = update;
-    if let Some(address) = chosen.direct.physical(address) {
+    if let Some(address) = chosen.queue.physical(address) {
         let [low, became, flags] = store();
         let update = Update { call: told, address, low, high: flags, flags: PHYSICAL };
         // SAFETY: as in `Chosen::submit`.
@@ -291,20 +263,17 @@ entries! {
     SetLinearMapping { "pushl 4(%esp)", "pushl %ecx", "movl %eax, %ecx", "call {function}", "retl" }
     set_linear_mapping(slot, linear, pages, frame) {
         // SAFETY: as above.
-        let Chosen { transport, queue, direct } = unsafe { chosen() };
+        let Chosen { transport, queue } = unsafe { chosen() };
         let Transport::Reference(reference) = transport;
         queue.flushed(transport, || {
             if slot == 0 && reference.may_be_late() {
-                direct.start.set(linear);
-                direct.bytes.set(pages.min(u32::MAX / PAGE) * PAGE);
-                direct.physical.set(frame.wrapping_mul(PAGE));
                 // A guest that names nothing promises nothing, or not any more.
                 if pages == 0 {
                     queue.tell_promptly();
                     reference.be_loud();
                 } else {
-                    // Below where all memory is mapped programs are.
-                    queue.tell_late(reference.be_quiet(queue.shown()), linear);
+                    let memory = LinearMapping::of_pages(linear, pages, frame);
+                    queue.tell_late(reference.be_quiet(queue.shown()), memory);
                 }
             }
         });
@@ -366,9 +335,6 @@ fn stored(entry: u32, flags: u32) -> [u32; 3] {
     let came = if has(EntryFlags::CURRENT_AS) { 0 } else { value & PRESENT };
     [CHANGED | came, if has(EntryFlags::DEFER) { 0 } else { value }, 0]
 }
-
-/// Bytes of a page.
-const PAGE: u32 = 4096;
 
 /// Reads half of an entry.
 ///

@@ -382,7 +382,7 @@ fn told_at_once(
 ) -> bool {
     let backend = Always(Ok(()), Cell::default(), Cell::default());
     let queue = Queue::<8>::new();
-    queue.tell_late(true, 0xc000_0000);
+    queue.tell_late(true, LinearMapping::of_pages(0xc000_0000, 0, 0));
     prepare(&queue, &backend);
     let before = backend.1.get();
     let update = Update { low: PRESENT, high: flags, ..call(DIRECTORY - PRESENT + offset, 0) };

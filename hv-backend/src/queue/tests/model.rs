@@ -282,7 +282,7 @@ impl<'a, const CAPACITY: usize> Machine<'a, CAPACITY> {
     /// Runs the scenario, leaves the lazy mode, and tells what was not as promised.
     pub(super) fn run(&self) -> Result<(), String> {
         if self.scenario.late {
-            self.queue.tell_late(self.scenario.quiet, KERNEL);
+            self.queue.tell_late(self.scenario.quiet, LinearMapping::of_pages(KERNEL, 0, 0));
         }
         if self.scenario.quiet {
             self.queue.shown().map.iter().for_each(|word| word.set(!0));

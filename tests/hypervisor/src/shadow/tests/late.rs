@@ -25,7 +25,8 @@ use vmi_abi::flags::{EntryFlags, LazyMode};
 use vmi_abi::number;
 use vmi_hv_backend::reference::interface::{Hypercall, PHYSICAL, SHOWN_BYTES, Status};
 use vmi_hv_backend::{
-    Backend, Batch, CHANGED, Failure, Hypervisor, InterruptMask, Queue, Reason, Refusal, Update,
+    Backend, Batch, CHANGED, Failure, Hypervisor, InterruptMask, LinearMapping, Queue, Reason,
+    Refusal, Update,
 };
 
 /// Ways to get it wrong, each of which must be found.
@@ -200,7 +201,7 @@ impl Kernel {
             quiet: 0,
             quiet_faults: 0,
         };
-        kernel.queue.tell_late(quiet, KERNEL);
+        kernel.queue.tell_late(quiet, LinearMapping::of_pages(KERNEL, 0, 0));
         if quiet {
             let (eax, ebx) = (Hypercall::BeQuiet as u32, (MAP * FRAME) as u32);
             let call = Call { eax, ebx, ecx: SHOWN_BYTES, cpl: 0 };
