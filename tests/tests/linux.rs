@@ -133,6 +133,12 @@ fn a_kernel_without_vmi_leaves_the_image_alone() -> Result<()> {
     Ok(())
 }
 
+/// Kernels before 3.15 know no ` -- `, and put words into the first program's environment, as all do without it.
+#[test]
+fn words_reach_the_first_program_without_dashes() -> Result<()> {
+    pass(&debian::kernel(Flavour::I686)?, Below::machine(None), "only=pipe").map(drop)
+}
+
 /// What the reference hypervisor is compared with: KVM, with shadow paging too, in QEMU's translator.
 #[test]
 fn the_same_kernel_runs_under_kvm_and_its_exits_are_counted() -> Result<()> {

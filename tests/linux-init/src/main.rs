@@ -3,7 +3,7 @@
 //! It is started as `/init` from an initramfs. Each test says one line, `linux: test NAME ok` or why not. The last line is
 //! `linux: all N tests passed`, or how many did not, and the verdict ends QEMU through its exit device.
 //!
-//! The kernel's command line passes words behind ` -- `: `forks=N` and `execs=N` let it start so many processes more, and `protects=N`
+//! The kernel's command line passes words behind ` -- `, or as kernels before 3.15 do it: `forks=N` and `execs=N` let it start so many processes more, and `protects=N`
 //! change protections in so many rounds more, so that two runs tell what one costs; `costs` lets it say how long the kernel's operations
 //! take; `only=NAME` runs one test; `end=power-off` and `end=restart` let the kernel end the machine.
 //!
