@@ -63,6 +63,9 @@ const INIT_SIZE: u64 = 48 << 20;
 /// A sector of a disk, in which the file's first part is counted.
 const SECTOR: usize = 512;
 
+/// What the rest of it is counted in.
+const PARAGRAPH: usize = 16;
+
 /// Where the header must end, so that it does not overwrite what follows in [`Parameters`].
 const HEADER_END: usize = 0x290;
 
@@ -187,8 +190,12 @@ impl<'a> Kernel<'a> {
             count => usize::from(count) + 1,
         };
         let (start, paragraphs) = (sectors * SECTOR, long(file, field::SYSSIZE) as usize);
-        let end = paragraphs.checked_mul(16).and_then(|bytes| bytes.checked_add(start));
-        let system = end.and_then(|end| file.get(start..end)).ok_or(Error::Truncated)?;
+        let end = paragraphs.checked_mul(PARAGRAPH).and_then(|bytes| bytes.checked_add(start));
+        // Before Linux 2.6.26 the last paragraph need not be full.
+        let system = end
+            .filter(|end| end.saturating_sub(file.len()) < PARAGRAPH)
+            .and_then(|end| file.get(start..end.min(file.len())))
+            .ok_or(Error::Truncated)?;
         if system.is_empty() || file.len() < header_end {
             return Err(Error::Truncated);
         }

@@ -86,6 +86,17 @@ fn a_kernel_of_version_2_05_says_less() {
 }
 
 #[test]
+fn the_last_paragraph_need_not_be_full() {
+    let whole = file();
+    let system = |missing: usize| {
+        Kernel::parse(&whole[..whole.len() - missing]).map(|kernel| kernel.system.len())
+    };
+    assert_eq!(system(0), Ok(64 << 10));
+    assert_eq!(system(15), Ok((64 << 10) - 15));
+    assert_eq!(system(16), Err(Error::Truncated));
+}
+
+#[test]
 fn what_is_no_kernel_is_refused() {
     let refused = |file: &[u8]| Kernel::parse(file).err();
     assert_eq!(refused(&[]), Some(Error::NotLinux));
