@@ -265,6 +265,10 @@ entries! {
         // SAFETY: as above.
         let Chosen { transport, queue } = unsafe { chosen() };
         let Transport::Reference(reference) = transport;
+        // Told late, nothing waits by its linear address. Kernels with page tables in high memory map each by another slot.
+        if slot != 0 && queue.is_late() {
+            return;
+        }
         queue.flushed(transport, || {
             if slot == 0 && reference.may_be_late() {
                 // A guest that names nothing promises nothing, or not any more.

@@ -759,6 +759,19 @@ fn what_is_not_known_to_be_memory_is_told_at_once() -> Result<()> {
 }
 
 #[test]
+fn what_waits_by_its_linear_address_goes_over_before_that_leads_elsewhere() -> Result<()> {
+    for (features, is_told) in [(BOTH, true), (BOTH | Features::LATE, false)] {
+        let mut guest = Guest::new(features)?;
+        guest.done(number::SetLinearMapping, [0, ALIASES[1], 0x3_8000], &[0])?;
+        guest.lazy(LazyMode::MMU)?;
+        guest.set_entry(0)?;
+        guest.done(number::SetLinearMapping, [1, 0xfff8_0000, 1], &[0x3_9000])?;
+        assert_eq!(!guest.batches().is_empty(), is_told);
+    }
+    Ok(())
+}
+
+#[test]
 fn a_refusal_is_tried_again_or_stops_the_guest() -> Result<()> {
     // Busy once: the refused update goes alone, then the rest.
     let mut guest = Guest::new(BOTH)?;
