@@ -145,12 +145,15 @@ fn the_same_kernel_runs_under_kvm_and_its_exits_are_counted() -> Result<()> {
     let host = kvm::Host::build(&Findings::gather())?;
     let kernel = debian::kernel(Flavour::I686)?;
     let guest = kvm::Guest::tests(&kernel, initramfs()?, Paging::Shadow);
-    let guest = kvm::Guest { append: "-- only=fork", ..guest };
+    let limit = Duration::from_secs(150);
+    let guest = kvm::Guest { append: "-- only=fork", limit, ..guest };
     let mut hosted = host.run(&guest, |_| {})?;
-    // Seen once: the host's kernel comes to its first program and no further. Neither is ours, so that is tried again.
-    if matches!(hosted.run.outcome, Outcome::TimedOut { .. }) {
-        println!("once more: {}\n{}", hosted.run.outcome, hosted.run.last_lines());
-        hosted = host.run(&guest, |_| {})?;
+    // A few boots in a hundred come to no end: docs/on-the-reference-hypervisor.md. Nothing of that is ours, so they are tried again.
+    for _ in 0..2 {
+        if matches!(hosted.run.outcome, Outcome::TimedOut { .. }) {
+            println!("once more: {}\n{}", hosted.run.outcome, hosted.run.last_lines());
+            hosted = host.run(&guest, |_| {})?;
+        }
     }
     let run = &hosted.run;
     ensure!(
