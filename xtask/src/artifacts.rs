@@ -125,8 +125,7 @@ pub fn build_all(findings: &Findings) -> Result<Artifacts> {
 pub fn build_hosting(findings: &Findings) -> Result<Hosting> {
     let tools = Tools::from_findings(findings)?;
     let emulator = long_mode_emulator()?;
-    let slots = [build::rom(&tools, Form::Slots13_0)?, build::rom(&tools, Form::Slots13_3)?];
-    let links = link::all(&tools, &slots)?;
+    let links = link::all(&tools, &[])?;
     Ok(Hosting {
         hypervisor: build::hypervisor(&tools)?,
         xen_loader: build::xen_loader(&tools)?,
