@@ -55,8 +55,11 @@ pub const ATTEMPTS: u32 = 8;
 /// In an entry: present.
 const PRESENT: u32 = 1;
 
+/// Bytes of a page.
+const PAGE_SIZE: u32 = 4096;
+
 /// The page of a linear address.
-const PAGE: u32 = !0xfff;
+const PAGE: u32 = !(PAGE_SIZE - 1);
 
 /// How often a page fault comes again before the hypervisor is asked. A page that is read and then stored to has two, and a copy of its
 /// space may follow.
@@ -151,9 +154,9 @@ impl LinearMapping {
     /// Of so many pages, the first of which is this frame.
     #[must_use]
     pub const fn of_pages(linear: u32, pages: u32, frame: u32) -> Self {
-        const BYTES: u32 = !PAGE + 1;
-        let pages = if pages < u32::MAX / BYTES { pages } else { u32::MAX / BYTES };
-        Self { linear, bytes: pages * BYTES, physical: frame.wrapping_mul(BYTES) }
+        const MOST: u32 = u32::MAX / PAGE_SIZE;
+        let pages = if pages < MOST { pages } else { MOST };
+        Self { linear, bytes: pages * PAGE_SIZE, physical: frame.wrapping_mul(PAGE_SIZE) }
     }
 
     /// The physical address of what is mapped there.
@@ -281,7 +284,7 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
     /// Whether the entry that an update tells of may be one of a table that matters at once.
     #[inline(always)]
     fn is_in_use(&self, update: &Update) -> bool {
-        let frame = update.address / 4096;
+        let frame = update.address / PAGE_SIZE;
         let is_shadowed =
             self.shown.map[frame as usize / 32 % MAP_WORDS].get() >> (frame % 32) & 1 != 0;
         let is_of_other_directory =
@@ -293,9 +296,8 @@ impl<const CAPACITY: usize> Queue<CAPACITY> {
     fn directory_maps(&self, update: &Update) -> Option<u32> {
         let directory = update.address & PAGE | PRESENT;
         let gibibyte = self.shown.directories.iter().position(|shown| shown.get() == directory)?;
-        // An entry of 4 bytes is for 4 MiB, one of 8 for 2 MiB.
-        let shift = if update.call == number::UpdatePxELong { 18 } else { 20 };
-        Some((gibibyte as u32) << 30 | (update.address & !PAGE) << shift)
+        let Place { index, shift, .. } = Place::of(update);
+        Some((gibibyte as u32) << 30 | index << shift)
     }
 
     /// Whether an entry of such a table waits whose note has one of these bits, and that `concerns`.
@@ -628,10 +630,25 @@ const fn may_translate(update: &Update, linear: u32) -> bool {
     if update.high & CURRENT_USED != 0 {
         return (update.high ^ linear) & PAGE == 0;
     }
-    let (entries, directory) =
-        if update.call.0 == number::UpdatePxELong.0 { (512, 21) } else { (1024, 22) };
-    let index = update.address % 4096 / (4096 / entries);
-    index == linear >> 12 & (entries - 1) || index == linear >> directory & (entries - 1)
+    let Place { index, entries, shift } = Place::of(update);
+    index == linear >> 12 & (entries - 1) || index == linear >> shift & (entries - 1)
+}
+
+/// Where an entry lies in its table.
+struct Place {
+    index: u32,
+    /// How many the table has.
+    entries: u32,
+    /// If it is a directory: the bits of a linear address below its index, so one entry is for 4 MiB, or for 2 where it has 64 bits.
+    shift: u32,
+}
+
+impl Place {
+    const fn of(update: &Update) -> Self {
+        let (entries, shift) =
+            if update.call.0 == number::UpdatePxELong.0 { (512, 21) } else { (1024, 22) };
+        Self { index: update.address % PAGE_SIZE / (PAGE_SIZE / entries), entries, shift }
+    }
 }
 
 /// What is behind this is not the frequent case, and two comparisons are not to become one computation there.

@@ -415,7 +415,7 @@ fn a_first_program_that_does_not_run_is_no_pass() -> Result<()> {
     let built = artifacts::ensure_hosting()?;
     let folder = tempfile::tempdir()?;
     let initrd = folder.path().join("initramfs");
-    std::fs::write(&initrd, linux::archive(b"not a program"))?;
+    fs::write(&initrd, linux::archive(b"not a program"))?;
     let kernel = debian::kernel(Flavour::I686)?;
     let mut boot = Boot::tests(&built.emulator, &kernel, &initrd, Below::machine(None));
     boot.append = "panic=-1".into();
@@ -430,8 +430,8 @@ fn a_kernel_that_is_cut_off_is_refused() -> Result<()> {
     let built = artifacts::ensure_hosting()?;
     let folder = tempfile::tempdir()?;
     let kernel = folder.path().join("bzImage");
-    let bytes = std::fs::read(debian::kernel(Flavour::I686)?)?;
-    std::fs::write(&kernel, &bytes[..bytes.len() / 2])?;
+    let bytes = fs::read(debian::kernel(Flavour::I686)?)?;
+    fs::write(&kernel, &bytes[..bytes.len() / 2])?;
     let below = Below::Hypervisor {
         built,
         rom: GuestRom::Ours,
