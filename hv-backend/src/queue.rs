@@ -645,9 +645,12 @@ struct Place {
 
 impl Place {
     const fn of(update: &Update) -> Self {
-        let (entries, shift) =
-            if update.call.0 == number::UpdatePxELong.0 { (512, 21) } else { (1024, 22) };
-        Self { index: update.address % PAGE_SIZE / (PAGE_SIZE / entries), entries, shift }
+        let offset = update.address % PAGE_SIZE;
+        if update.call.0 == number::UpdatePxELong.0 {
+            Self { index: offset / 8, entries: 512, shift: 21 }
+        } else {
+            Self { index: offset / 4, entries: 1024, shift: 22 }
+        }
     }
 }
 
